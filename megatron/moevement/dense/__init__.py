@@ -1,0 +1,1 @@
+"""DENSE CHECKPOINTS: where they lie and how they become durable."""

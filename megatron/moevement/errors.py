@@ -1,0 +1,29 @@
+"""Errors that a user can act on: one line that names the flag or file, and the remedy."""
+
+
+class MoevementError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(MoevementError):
+    """A flag, or a combination of flags, that can't be honoured. Ends the program with exit code 2."""
+
+
+class UnsupportedError(ConfigError):
+    """A layer type, optimizer or parallel mode that sparse checkpointing doesn't support; refused at start."""
+
+
+class StoreError(MoevementError):
+    """Host memory for slots that can't be created, opened or used; the message names the file."""
+
+
+class SlotInvalid(MoevementError):
+    """A slot that must not be used: torn, short, stale, foreign or with a wrong digest."""
+
+
+class RecoveryError(MoevementError):
+    """A recovery that can't be exact. The message says what is lost and what to do."""
+
+
+class AgreementError(MoevementError):
+    """Ranks that should hold the same value do not."""

@@ -1,0 +1,1 @@
+"""The only importer of megatron.core: model, optimizers, data, replay and training loop."""

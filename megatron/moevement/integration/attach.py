@@ -1,0 +1,127 @@
+"""Attaches sparse checkpointing to a training job: the manager, and the hooks that call it in every iteration."""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch.distributed as dist
+import xxhash
+
+from megatron.moevement.config import GIB, MIB, SparseCheckpointConfig
+from megatron.moevement.errors import UnsupportedError
+from megatron.moevement.events import EventLog
+from megatron.moevement.integration.job import TrainingJob
+from megatron.moevement.integration.operator_state import OperatorState
+from megatron.moevement.integration.train_loop import Hooks, IterationOutcome
+from megatron.moevement.manager import SparseCheckpointManager, Surroundings
+from megatron.moevement.schedule.agreement import Agreement
+from megatron.moevement.training_config import TrainingConfig
+from megatron.moevement.types import IterationRecord
+from moevement_ext import CopyEngine
+
+# What slots must have been written with; a change of any of these makes them another run's.
+_IDENTITY = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "ffn_hidden_size",
+    "moe_ffn_hidden_size",
+    "num_experts",
+    "moe_router_topk",
+    "seq_length",
+    "micro_batch_size",
+    "global_batch_size",
+    "seed",
+    "bf16",
+    "fp16",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "num_layers_per_virtual_pipeline_stage",
+    "use_distributed_optimizer",
+    "untie_embeddings_and_output_weights",
+)
+_QUEUED_COPIES_LIMIT = 8
+
+
+class SparseHooks:
+    """Calls the manager at the points of an iteration, and the inner hooks after it."""
+
+    def __init__(self, job: TrainingJob, manager: SparseCheckpointManager, inner: Hooks) -> None:
+        self._job = job
+        self._manager = manager
+        self._inner = inner
+        self._rates: tuple[float, ...] = ()
+        self._decays: tuple[float, ...] = ()
+
+    def before_forward(self, iteration: int) -> None:
+        """Starts the capture of `Step iteration`."""
+        self._manager.begin_iteration(iteration)
+        self._inner.before_forward(iteration)
+
+    def before_optimizer_step(self, iteration: int) -> None:
+        """Fences the capture, and notes the rates that the update will use before the scheduler moves on."""
+        groups = self._job.optimizer.param_groups
+        self._rates = tuple(float(group["lr"]) for group in groups)
+        self._decays = tuple(float(group["weight_decay"]) for group in groups)
+        self._inner.before_optimizer_step(iteration)
+        self._manager.before_optimizer_step()
+
+    def after_optimizer_step(self, iteration: int, outcome: IterationOutcome) -> None:
+        """Hands over the iteration record."""
+        self._manager.end_iteration(
+            IterationRecord(
+                iteration=iteration,
+                loss=outcome.loss,
+                grad_norm=outcome.grad_norm,
+                skipped=outcome.skipped,
+                learning_rates=self._rates,
+                weight_decays=self._decays,
+                loss_scale=outcome.loss_scale,
+                consumed_samples=self._job.samples_before(iteration),
+            )
+        )
+        self._inner.after_optimizer_step(iteration, outcome)
+
+
+def check_supported(config: TrainingConfig) -> None:
+    """Refuses what a recovery couldn't restore exactly.
+
+    Raises:
+        UnsupportedError: names the flag and the remedy.
+    """
+    if not (config.bf16 or config.fp16):
+        raise UnsupportedError("--sparse-ckpt needs --bf16 or --fp16: without master weights there is no sparse slot")
+
+
+def build_manager(
+    job: TrainingJob, config: SparseCheckpointConfig, events: EventLog
+) -> tuple[SparseCheckpointManager, OperatorState]:
+    """The manager of this job, and the operators that it sees. Collective over the world.
+
+    Raises:
+        UnsupportedError: the model, the optimizer or a parallel mode can't be checkpointed exactly.
+    """
+    check_supported(job.config)
+    timeout = datetime.timedelta(minutes=job.config.distributed_timeout_minutes)
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    device = job.topology.device
+    engine = CopyEngine(
+        "cuda" if device.type == "cuda" else "cpu",
+        device.index or 0,
+        chunk_bytes=config.chunk_mib * MIB,
+        chunks_in_flight=config.chunks_in_flight,
+        max_queued_tickets=_QUEUED_COPIES_LIMIT,
+        bytes_per_second_limit=config.bandwidth_gib_per_second * GIB,
+    )
+    state = OperatorState(job, engine)
+    identity = {"--" + name.replace("_", "-"): getattr(job.config, name) for name in _IDENTITY}
+    identity["operators"] = xxhash.xxh3_64_hexdigest(state.table.to_json().encode())
+    surroundings = Surroundings(
+        identity=identity,
+        ranks_on_node=int(os.environ.get("LOCAL_WORLD_SIZE", str(dist.get_world_size()))),
+        deterministic=job.config.deterministic_mode or device.type == "cpu",
+    )
+    manager = SparseCheckpointManager(config, state, Agreement(group), engine, events, surroundings)
+    return manager, state

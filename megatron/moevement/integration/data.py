@@ -1,0 +1,149 @@
+"""Training data: core's GPTDataset, and batches as a pure function of the position.
+
+A sample has a global number; iteration, micro-batch and data-parallel rank follow from it and back. Nothing is
+consumed: a replay asks for the same position and gets the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import get_blend_from_list
+from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
+
+from megatron.moevement.argument_checks import UsageError
+from megatron.moevement.training_config import TrainingConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one data-parallel rank, on the training device.
+
+    Attributes:
+        tokens: int64 [micro-batch, sequence], what the model reads.
+        labels: int64 [micro-batch, sequence], the next token of each.
+        loss_mask: float32 [micro-batch, sequence], 0 where the label is padding.
+        position_ids: int64 [micro-batch, sequence].
+        attention_mask: None; attention is causal and makes its own mask.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchLayout:
+    """How samples are numbered: micro-batches of all data-parallel ranks follow each other, rank by rank."""
+
+    micro_batch_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+    num_micro_batches: int
+
+    def sample_numbers(self, consumed_samples: int, micro_batch: int) -> range:
+        """The global numbers of the samples of one micro-batch of this rank."""
+        if not 0 <= micro_batch < self.num_micro_batches:
+            raise IndexError(f"micro-batch {micro_batch} of {self.num_micro_batches}")
+        row = consumed_samples + micro_batch * self.micro_batch_size * self.data_parallel_size
+        first = row + self.data_parallel_rank * self.micro_batch_size
+        return range(first, first + self.micro_batch_size)
+
+
+class BatchSource:
+    """Batches addressed by (samples consumed before the iteration, micro-batch number).
+
+    Args:
+        dataset: samples by number, each a dict with `tokens`, `labels`, `loss_mask`, `position_ids` of shape
+            [sequence]; None on ranks whose stages read no data.
+        layout: how samples are numbered.
+        vocab_size: token ids at or above it are refused.
+        device: where batches are placed.
+    """
+
+    def __init__(
+        self,
+        dataset: Sequence[dict[str, torch.Tensor]] | None,
+        layout: BatchLayout,
+        vocab_size: int,
+        device: torch.device,
+    ) -> None:
+        self.dataset = dataset
+        self.layout = layout
+        self.vocab_size = vocab_size
+        self.device = device
+
+    def batch(self, consumed_samples: int, micro_batch: int) -> Batch:
+        """One micro-batch; the same arguments always give the same bytes.
+
+        Raises:
+            RuntimeError: on a rank that was given no dataset.
+            IndexError: beyond the end of the dataset or of the iteration.
+            UsageError: where a token id is outside the vocabulary.
+        """
+        if self.dataset is None:
+            raise RuntimeError("this pipeline stage reads no data")
+        numbers = self.layout.sample_numbers(consumed_samples, micro_batch)
+        samples = [self.dataset[number] for number in numbers]
+        columns = {name: torch.stack([s[name] for s in samples]) for name in _COLUMNS}
+        highest = int(torch.maximum(columns["tokens"].max(), columns["labels"].max()))
+        if highest >= self.vocab_size:
+            raise UsageError(
+                "--data-path",
+                f"holds token {highest}, outside the vocabulary of {self.vocab_size}",
+                "use the tokenizer that the data was prepared with",
+            )
+        return Batch(**{name: column.to(self.device) for name, column in columns.items()})
+
+    def iterator(self, consumed_samples: int) -> Iterator[Batch]:
+        """The micro-batches of the iteration before which `consumed_samples` samples were used, in order."""
+        for micro_batch in range(self.layout.num_micro_batches):
+            yield self.batch(consumed_samples, micro_batch)
+
+
+_COLUMNS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+def build_train_dataset(
+    config: TrainingConfig, tokenizer: MegatronTokenizerBase, reads_data: bool
+) -> Sequence[dict[str, Any]] | None:
+    """The training split, long enough for all iterations; collective over all ranks.
+
+    Rank 0 builds the index caches once, the others read them.
+
+    Args:
+        config: the training configuration.
+        tokenizer: gives the padding and end-of-document ids.
+        reads_data: whether this rank has the first or the last stage.
+
+    Raises:
+        UsageError: where files are missing or the cache folder cannot be written.
+    """
+    blend = get_blend_from_list(list(config.data_path))
+    for prefix in blend[0]:
+        for path in (f"{prefix}.bin", f"{prefix}.idx"):
+            if not os.path.isfile(path):
+                raise UsageError("--data-path", f"{path} does not exist", "prepare it with scripts/prepare_data.py")
+    dataset_config = GPTDatasetConfig(
+        random_seed=config.seed,
+        sequence_length=config.seq_length,
+        blend=blend,
+        split=config.split,
+        path_to_cache=config.data_cache_path,
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    sizes = [config.train_iters * config.samples_per_iteration, 0, 0]
+    train, _valid, _test = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: reads_data, dataset_config).build()
+    return train  # type: ignore[no-any-return]

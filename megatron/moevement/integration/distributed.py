@@ -1,0 +1,129 @@
+"""Processes, devices, process groups and seeds.
+
+`start` turns the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) into a
+ready `Topology`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import random
+
+import numpy
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron.moevement.argument_checks import UsageError
+from megatron.moevement.integration import cpu_backend
+from megatron.moevement.training_config import TrainingConfig
+
+# Stages get seeds this far apart, as in Megatron, so that their layers do not start alike.
+SEED_DISTANCE_OF_STAGES = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Where this process stands.
+
+    Attributes:
+        device: where model and optimizer live.
+        rank: of this process in the world.
+        groups: megatron.core's process groups.
+    """
+
+    device: torch.device
+    rank: int
+    world_size: int
+    pipeline_rank: int
+    data_parallel_rank: int
+    groups: ProcessGroupCollection
+
+
+def choose_device(config: TrainingConfig) -> torch.device:
+    """The CPU under `--use-cpu`, else this process's GPU (shared with others under gloo if it must be).
+
+    Raises:
+        UsageError: where there is no GPU and the CPU was not asked for, or NCCL has too few GPUs.
+    """
+    if config.use_cpu:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UsageError("--use-cpu", "was not given and no GPU was found", "add --use-cpu to train on the CPU")
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if config.backend == "nccl" and local_rank >= gpus:
+        raise UsageError(
+            "--distributed-backend",
+            f"nccl needs a GPU per process, and this node has {gpus}",
+            "start fewer processes or use gloo, under which processes share GPUs",
+        )
+    return torch.device("cuda", local_rank % gpus)
+
+
+def start(config: TrainingConfig) -> Topology:
+    """Initialise torch.distributed, megatron.core's groups and all random number generators.
+
+    Raises:
+        UsageError: see `choose_device`.
+    """
+    device = choose_device(config)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif not cpu_backend.is_installed():
+        raise RuntimeError("install the CPU backend before importing megatron.core")
+    if config.deterministic_mode:
+        _require_determinism(device)
+    timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    dist.init_process_group(
+        config.backend, rank=int(os.environ.get("RANK", "0")), world_size=config.world_size, timeout=timeout
+    )
+    initialize_groups(config)
+    seed_everything(config.seed)
+    return Topology(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+
+
+def initialize_groups(config: TrainingConfig) -> None:
+    """Create megatron.core's process groups over the default group."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline_size,
+        expert_model_parallel_size=config.expert_model_parallel_size,
+        expert_tensor_parallel_size=config.expert_tensor_size,
+        distributed_timeout_minutes=config.distributed_timeout_minutes,
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy, torch and core's tracker: equal on data-parallel ranks, different between stages."""
+    stage_seed = seed + SEED_DISTANCE_OF_STAGES * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(stage_seed)
+    numpy.random.seed(stage_seed % 2**32)
+    torch.manual_seed(stage_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
+
+
+def stop() -> None:
+    """Leave the process groups; all ranks call it."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def _require_determinism(device: torch.device) -> None:
+    if device.type == "cuda":
+        # cuBLAS is repeatable only with a fixed workspace, read when its first handle is made.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)

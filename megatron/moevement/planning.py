@@ -1,0 +1,106 @@
+"""The plan that is made and printed before training: window, slots, host memory, expected replay."""
+
+from dataclasses import dataclass
+
+from megatron.moevement.config import GIB, MIB, SparseCheckpointConfig
+from megatron.moevement.operators.state import TrainingState
+from megatron.moevement.schedule.agreement import Agreement
+from megatron.moevement.schedule.ordering import capture_order
+from megatron.moevement.schedule.slots import SlotSchedule, longest_run, ring_slots
+from megatron.moevement.schedule.window import divide, slot_bytes, smallest_window
+from megatron.moevement.snapshot.layout import ALIGNMENT_BYTES
+from megatron.moevement.store.memory_plan import MemoryPlan, manifest_room
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What `auto` plans with: device-to-host bytes per second of this rank, and seconds of an iteration."""
+
+    bytes_per_second: float
+    iteration_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SparsePlan:
+    """The schedule of this rank, and the memory that every rank reserves.
+
+    `spare_bytes` is how much larger a later order's worst slot may be than that of the first order.
+    """
+
+    schedule: SlotSchedule
+    memory: MemoryPlan
+    slot_bytes: tuple[int, ...]
+    dense_bytes: int
+    spare_bytes: int
+    measured: Measured | None
+    longest_run: int
+
+
+def make_plan(
+    config: SparseCheckpointConfig,
+    state: TrainingState,
+    agreement: Agreement,
+    measured: Measured | None,
+    window: int | None,
+) -> SparsePlan:
+    """Chooses the window (one for the world, the largest that any rank needs) and reserves memory. Collective.
+
+    Args:
+        config: the flags.
+        state: for the operator table and the size of what every slot holds besides operators.
+        agreement: the control group.
+        measured: needed if `window` is None.
+        window: forced or stored W; None chooses one.
+    """
+    table = state.table
+    order = capture_order(table, {})
+    if window is None:
+        assert measured is not None
+        budget = measured.bytes_per_second * measured.iteration_seconds
+        own = smallest_window(table, order, config.window_mode, budget, config.max_window).window
+        window = int(agreement.maximum([own])[0])
+    schedule = SlotSchedule(divide(table, order, window, config.window_mode), config.window_mode)
+    sizes = slot_bytes(table, schedule.groups, config.window_mode)
+    # Orders that come later divide the operators differently, by up to one operator a slot.
+    # Under the distributed optimizer a rank owns all of some operators and nothing of others, so that its share of a slot
+    # varies more.
+    spare = (max((o.full_bytes for o in table), default=0) + max(sizes) // 4) if config.reorder else 0
+    start, buffers = state.start_state(0)
+    blob_bytes = sum(len(blob) for blob in start.blobs.values())
+    data = max(sizes) + spare + sum(b.nbytes for b in buffers) + (len(table) + 1) * ALIGNMENT_BYTES
+    slices = sum(len(o.slices) for o in table)
+    room = manifest_room(len(table), slices, blob_bytes)
+    data_most, room_most = agreement.maximum([data, room])
+    slots = ring_slots(window, config.window_mode, config.reorder)
+    memory = MemoryPlan(slots, int(room_most), int(data_most))
+    dense = sum(o.full_bytes for o in table)
+    return SparsePlan(
+        schedule, memory, tuple(sizes), dense, spare, measured, longest_run(window, config.window_mode, config.reorder)
+    )
+
+
+def describe(plan: SparsePlan, state: TrainingState, config: SparseCheckpointConfig, ranks: int) -> list[str]:
+    """The plan in lines for people; sizes are those of the printing rank, memory that of every rank."""
+    kinds: dict[str, int] = {}
+    for operator in state.table:
+        kinds[operator.kind.value] = kinds.get(operator.kind.value, 0) + 1
+    window = plan.schedule.window
+    lines = [
+        "operators        " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
+        f"window           W={window} {config.window_mode}" + (" (forced)" if config.window else " (auto)"),
+        "slot data        " + ", ".join(f"{size / MIB:.2f}" for size in plan.slot_bytes) + " MiB",
+        f"dense snapshot   {plan.dense_bytes / MIB:.2f} MiB a rank; a slot is at most "
+        f"{100 * max(plan.slot_bytes) / max(plan.dense_bytes, 1):.0f}% of it",
+        f"host memory      {plan.memory.total_bytes / GIB:.3f} GiB a rank: {plan.memory.slots} slots of "
+        f"{plan.memory.slot_bytes / MIB:.2f} MiB; {ranks * plan.memory.total_bytes / GIB:.3f} GiB for {ranks} ranks",
+        f"a recovery       replays {window - 1} to {plan.longest_run - 1} iterations in the conversion, and up to 3 more "
+        "that were not committed everywhere",
+    ]
+    if plan.measured is not None:
+        fits = max(plan.slot_bytes) <= plan.measured.bytes_per_second * plan.measured.iteration_seconds
+        lines.append(
+            f"measured         {plan.measured.bytes_per_second / GIB:.2f} GiB/s device to host, "
+            f"{plan.measured.iteration_seconds:.3f} s an iteration: the worst slot "
+            + ("fits into one" if fits else "does not fit: expect a stall, see --sparse-ckpt-max-window")
+        )
+    return lines

@@ -1,0 +1,1 @@
+"""AFTER A FAILURE: which slots to load, and the sparse-to-dense conversion."""

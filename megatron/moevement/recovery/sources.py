@@ -1,0 +1,107 @@
+"""Reading slots for a recovery: only what is verified is offered to the planner."""
+
+from collections.abc import Iterable
+
+from megatron.moevement.errors import SlotInvalid
+from megatron.moevement.operators.state import MemoryRange, RecordedOperator
+from megatron.moevement.operators.table import OperatorTable
+from megatron.moevement.snapshot.layout import BUFFERS_REGION, SlotLayout, slot_layout
+from megatron.moevement.store.format import Manifest, digest_bytes
+from megatron.moevement.store.host_store import HostStore
+from megatron.moevement.types import Presence, SlotInfo
+
+
+class SlotReader:
+    """Committed slots of one store, as the operators of `table`.
+
+    Args:
+        store: the rank's own store.
+        table: the operators that the slots must be of.
+        rank: a slot must say that it is this rank's.
+        digest: verify digests; slots that have none are refused then.
+    """
+
+    def __init__(self, store: HostStore, table: OperatorTable, rank: int, digest: bool) -> None:
+        self._store = store
+        self._table = table
+        self._rank = rank
+        self._run_id = store.content["run_id"]
+        self._digest = digest
+
+    def manifest(self, step: int) -> Manifest:
+        """The verified manifest of the slot of `step`.
+
+        Raises:
+            SlotInvalid: damaged, of another rank or run, or with operators that the model doesn't have.
+        """
+        manifest = self._store.manifest(step)
+        if manifest.rank != self._rank or manifest.run_id != self._run_id:
+            raise SlotInvalid(f"slot of rank {manifest.rank} in run {manifest.run_id}, wanted rank {self._rank}")
+        unknown = {*manifest.spec.full, *manifest.spec.weights_only} - self._table.names
+        if unknown:
+            raise SlotInvalid(f"operator {min(unknown)} is not in the model")
+        return manifest
+
+    def layout(self, manifest: Manifest) -> SlotLayout:
+        """Where the slot's pieces lie."""
+        return slot_layout(self._table, manifest.spec.full, manifest.spec.weights_only, manifest.start.buffers)
+
+    def verify(self, step: int) -> None:
+        """Checks every byte of a slot that a recovery would use.
+
+        Raises:
+            SlotInvalid: what is wrong with it.
+        """
+        manifest = self.manifest(step)
+        layout = self.layout(manifest)
+        data, _ = self._store.data(step)
+        if layout.nbytes > len(data):
+            raise SlotInvalid("longer than its room")
+        if not self._digest:
+            return
+        for region in layout:
+            if region.name not in manifest.digests:
+                raise SlotInvalid(f"{region.name} has no digest; it was written with --sparse-ckpt-digest off")
+            found = digest_bytes(data[region.offset : region.offset + region.nbytes]).hex()
+            if found != manifest.digests[region.name]:
+                raise SlotInvalid(f"the digest of {region.name} is wrong")
+
+    def verified(self) -> tuple[dict[int, SlotInfo], dict[int, str]]:
+        """Usable slots by step, and why the others are not."""
+        usable, rejected = {}, {}
+        for step, info in self._store.committed.items():
+            try:
+                self.verify(step)
+            except SlotInvalid as error:
+                rejected[step] = str(error)
+                continue
+            usable[step] = info
+        return usable, rejected
+
+    def buffers(self, step: int) -> list[MemoryRange]:
+        """Host ranges of the module buffers in the slot."""
+        return self._ranges(step, {BUFFERS_REGION})[BUFFERS_REGION]
+
+    def operators(self, step: int, names: Iterable[str]) -> list[RecordedOperator]:
+        """The named operators of the slot, with the addresses of their pieces."""
+        manifest, wanted = self.manifest(step), set(names)
+        ranges = self._ranges(step, wanted)
+        return [
+            RecordedOperator(name, presence, tuple(ranges[name]), manifest.adam_steps.get(name, ()))
+            for presence, listed in (
+                (Presence.FULL, manifest.spec.full),
+                (Presence.WEIGHTS_ONLY, manifest.spec.weights_only),
+            )
+            for name in listed
+            if name in wanted
+        ]
+
+    def _ranges(self, step: int, names: set[str]) -> dict[str, list[MemoryRange]]:
+        _, address = self._store.data(step)
+        return {
+            region.name: [
+                MemoryRange(address + offset, size) for offset, size in zip(region.offsets, region.sizes, strict=True)
+            ]
+            for region in self.layout(self.manifest(step))
+            if region.name in names
+        }

@@ -1,0 +1,1 @@
+"""WHEN an operator is snapshotted: window, ordering, slots and snapshot age."""

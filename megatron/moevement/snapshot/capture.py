@@ -1,0 +1,139 @@
+"""Capture: copies the slot of Step t while iteration t runs, and fences it before the optimizer step."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron.moevement.errors import MoevementError
+from megatron.moevement.operators.state import TrainingState
+from megatron.moevement.snapshot.layout import SlotLayout, slot_layout
+from megatron.moevement.store.committer import CopiedSlot
+from megatron.moevement.store.format import Manifest
+from megatron.moevement.store.host_store import HostStore, SlotLease
+from megatron.moevement.types import IterationRecord, Presence, SlotSpec, StartState
+from moevement_ext import CopyEngine, EngineError
+
+FENCE_TIMEOUT_SECONDS = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class _UnderWay:
+    spec: SlotSpec
+    lease: SlotLease
+    layout: SlotLayout
+    start: StartState
+    record: IterationRecord | None
+    adam_steps: dict[str, tuple[float, ...]]
+    ticket: int
+
+
+class Capture:
+    """One slot at a time: `begin` before the forward pass, `fence` before the optimizer step.
+
+    Args:
+        state: the training state to copy from.
+        store: where slots are leased.
+        engine: copies without the GIL.
+        rank, run_id: written to every manifest, so that a slot of another rank or run is recognised.
+    """
+
+    def __init__(self, state: TrainingState, store: HostStore, engine: CopyEngine, rank: int, run_id: str) -> None:
+        self._state = state
+        self._store = store
+        self._engine = engine
+        self._rank = rank
+        self._run_id = run_id
+        self._under_way: _UnderWay | None = None
+        self._layouts: dict[tuple[tuple[str, ...], tuple[str, ...]], SlotLayout] = {}
+
+    def begin(self, spec: SlotSpec, record: IterationRecord | None) -> int:
+        """Starts copying the slot; returns its bytes.
+
+        Args:
+            spec: what the slot holds.
+            record: of the iteration before, which a replay from the slot before needs.
+
+        Raises:
+            MoevementError: no free slot, or the copy engine refuses; nothing is under way then.
+        """
+        lease = self._store.lease(spec.step)
+        if lease is None:
+            raise MoevementError("no free slot")
+        start, buffers = self._state.start_state(spec.step)
+        layout = self._layout(spec, start)
+        if layout.nbytes > lease.data_bytes:
+            self._store.abandon(lease)
+            raise MoevementError(f"the slot needs {layout.nbytes} bytes, there is room for {lease.data_bytes}")
+        sources = [(piece.address, piece.nbytes) for piece in buffers]
+        for presence, names in ((Presence.FULL, spec.full), (Presence.WEIGHTS_ONLY, spec.weights_only)):
+            sources += [(p.address, p.nbytes) for name in names for p in self._state.pieces(name, presence)]
+        offsets = [offset for region in layout for offset in region.offsets]
+        sizes = [size for region in layout for size in region.sizes]
+        if sizes != [nbytes for _, nbytes in sources]:
+            self._store.abandon(lease)
+            raise MoevementError("the training state's pieces don't have the sizes of the operator table")
+        try:
+            ticket = self._engine.submit(
+                np.array([address for address, _ in sources], dtype=np.uint64),
+                np.array(offsets, dtype=np.uint64) + np.uint64(lease.data_address),
+                np.array(sizes, dtype=np.uint64),
+                stream=self._state.stream(),
+            )
+        except EngineError as error:
+            self._store.abandon(lease)
+            raise MoevementError(f"copy engine: {error}") from error
+        adam_steps = {name: self._state.adam_steps(name) for name in spec.full}
+        self._under_way = _UnderWay(spec, lease, layout, start, record, adam_steps, ticket)
+        return layout.nbytes
+
+    def fence(self) -> tuple[CopiedSlot | None, float]:
+        """Waits until the slot under way has been read from the device.
+
+        Returns:
+            The copied slot, None if none was under way, and the seconds that this call waited.
+
+        Raises:
+            MoevementError: the copy failed or took too long; it is cancelled and the slot is free again.
+        """
+        under_way, self._under_way = self._under_way, None
+        if under_way is None:
+            return None, 0.0
+        started = time.perf_counter()
+        try:
+            finished = self._engine.wait(under_way.ticket, FENCE_TIMEOUT_SECONDS)
+        except EngineError as error:
+            self._store.abandon(under_way.lease)
+            raise MoevementError(f"copy engine: {error}") from error
+        if not finished:
+            # Returns only when no chunk is in flight any more, so that the optimizer may write.
+            self._engine.cancel(under_way.ticket)
+            self._store.abandon(under_way.lease)
+            raise MoevementError(f"the copy took longer than {FENCE_TIMEOUT_SECONDS:g} s")
+        spec, layout = under_way.spec, under_way.layout
+        manifest = Manifest(
+            rank=self._rank,
+            run_id=self._run_id,
+            spec=spec,
+            start=under_way.start,
+            record=under_way.record,
+            adam_steps=under_way.adam_steps,
+            digests={},
+        )
+        regions = tuple((r.name, r.offset, r.nbytes) for r in layout)
+        return CopiedSlot(under_way.lease, manifest, regions, layout.nbytes), time.perf_counter() - started
+
+    def cancel(self) -> None:
+        """Drops the slot under way, if any."""
+        if self._under_way is not None:
+            self._engine.cancel(self._under_way.ticket)
+            self._store.abandon(self._under_way.lease)
+            self._under_way = None
+
+    def _layout(self, spec: SlotSpec, start: StartState) -> SlotLayout:
+        key = (spec.full, spec.weights_only)
+        if key not in self._layouts:
+            if len(self._layouts) > 4096:
+                self._layouts.clear()
+            self._layouts[key] = slot_layout(self._state.table, spec.full, spec.weights_only, start.buffers)
+        return self._layouts[key]

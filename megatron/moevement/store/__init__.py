@@ -1,0 +1,1 @@
+"""HOST MEMORY: slots in shared memory that outlive their worker."""

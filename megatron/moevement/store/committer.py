@@ -1,0 +1,87 @@
+"""Behind the training loop: digests a copied slot, commits it and frees slots that no window needs."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from megatron.moevement.errors import SlotInvalid
+from megatron.moevement.store.format import Manifest, digest_bytes
+from megatron.moevement.store.host_store import HostStore, SlotLease
+
+
+@dataclass(frozen=True, slots=True)
+class CopiedSlot:
+    """A slot whose data is complete in host memory.
+
+    `regions` are (name, offset, bytes) in the data area; `data_bytes` is the area's used length.
+    """
+
+    lease: SlotLease
+    manifest: Manifest
+    regions: tuple[tuple[str, int, int], ...]
+    data_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What the committer reports of one slot; `error` is empty if the slot is committed."""
+
+    step: int
+    nbytes: int
+    digest_seconds: float
+    error: str = ""
+
+
+class Committer:
+    """One thread and a bounded queue (`LIMIT_SLOTS`); `submit` waits when the queue is full, which is counted as stall.
+
+    `on_committed` runs on this thread after every slot.
+    """
+
+    LIMIT_SLOTS = 2
+
+    def __init__(self, store: HostStore, digest: bool, on_committed: Callable[[Committed], None]) -> None:
+        self._store = store
+        self._digest = digest
+        self._on_committed = on_committed
+        self._queue: queue.Queue[CopiedSlot | None] = queue.Queue(self.LIMIT_SLOTS)
+        self._thread = threading.Thread(target=self._work, name="moevement-committer", daemon=True)
+        self._thread.start()
+
+    def submit(self, slot: CopiedSlot) -> None:
+        """Hands over a copied slot."""
+        self._queue.put(slot)
+
+    def drain(self) -> None:
+        """Waits until every slot handed over is committed or rejected."""
+        self._queue.join()
+
+    def close(self) -> None:
+        """Finishes the queue and ends the thread."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            slot = self._queue.get()
+            try:
+                if slot is None:
+                    return
+                self._on_committed(self._commit(slot))
+            finally:
+                self._queue.task_done()
+
+    def _commit(self, slot: CopiedSlot) -> Committed:
+        started = time.perf_counter()
+        digests: dict[str, str] = {}
+        if self._digest:
+            view = self._store.leased_data(slot.lease)
+            digests = {name: digest_bytes(view[at : at + size]).hex() for name, at, size in slot.regions}
+        seconds = time.perf_counter() - started
+        try:
+            self._store.commit(slot.lease, replace(slot.manifest, digests=digests), slot.data_bytes)
+        except SlotInvalid as error:
+            return Committed(slot.lease.step, 0, seconds, str(error))
+        return Committed(slot.lease.step, slot.data_bytes, seconds)

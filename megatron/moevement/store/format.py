@@ -1,0 +1,182 @@
+"""The bytes of a store file: superblock, slot headers and manifests. No pickle: JSON, and offsets that are checked.
+
+    superblock   4 KiB    magic, length, digest, JSON
+    slot 0..n-1  each:    header 64 B | manifest (up to MANIFEST_BYTES) | data
+
+A slot is committed by the last write, of its header's first word. The word holds the slot's sequence number, so a
+reader can tell whether the slot changed under it.
+"""
+
+import base64
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import xxhash
+
+from megatron.moevement.errors import SlotInvalid, StoreError
+from megatron.moevement.types import BufferInfo, IterationRecord, SlotSpec, StartState
+
+FORMAT_VERSION = 1
+SUPERBLOCK_MAGIC = b"MOEVSTR\x01"
+PAGE_BYTES = 4096
+_SUPERBLOCK = struct.Struct("<8sQ16s")
+_HEADER = struct.Struct("<QQQQ16s")
+HEADER_BYTES = 64
+UNCOMMITTED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Shape of a store file, in bytes: number of slots and the room that each has for manifest and data."""
+
+    slots: int
+    manifest_bytes: int
+    data_bytes: int
+    superblock_bytes: int
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot with its header, in whole pages."""
+        return _pages(HEADER_BYTES + self.manifest_bytes + self.data_bytes)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the whole file."""
+        return self.superblock_bytes + self.slots * self.slot_bytes
+
+    def slot_offset(self, index: int) -> int:
+        """Where slot `index` starts."""
+        return self.superblock_bytes + index * self.slot_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a committed slot says of itself.
+
+    `digests` (hexadecimal XXH3-128) and `adam_steps` are by region name. `record` is that of the iteration before.
+    """
+
+    rank: int
+    run_id: str
+    spec: SlotSpec
+    start: StartState
+    record: IterationRecord | None
+    adam_steps: Mapping[str, tuple[float, ...]]
+    digests: Mapping[str, str]
+
+
+def _pages(nbytes: int) -> int:
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+
+
+def digest_bytes(data: bytes | memoryview) -> bytes:
+    """XXH3, 128 bits, of `data`. Releases the GIL for all but short inputs."""
+    return xxhash.xxh3_128_digest(data)
+
+
+def encode_superblock(content: Mapping[str, Any]) -> bytes:
+    """The superblock, padded to whole pages."""
+    body = json.dumps(content, separators=(",", ":")).encode()
+    block = _SUPERBLOCK.pack(SUPERBLOCK_MAGIC, len(body), digest_bytes(body)) + body
+    return block.ljust(_pages(len(block)), b"\0")
+
+
+def decode_superblock(view: memoryview, path: str) -> dict[str, Any]:
+    """The content of a superblock.
+
+    Raises:
+        StoreError: not a store, or of another format; a person must decide. The message names the file.
+        SlotInvalid: torn or changed; the store is lost.
+    """
+    if len(view) < _SUPERBLOCK.size:
+        raise SlotInvalid(f"{path}: too short for a slot store")
+    magic, length, digest = _SUPERBLOCK.unpack(view[: _SUPERBLOCK.size])
+    if magic[:7] != SUPERBLOCK_MAGIC[:7]:
+        raise StoreError(f"{path}: not a slot store; remove it or use --sparse-ckpt-fresh")
+    if magic != SUPERBLOCK_MAGIC:
+        raise StoreError(
+            f"{path}: slot format {magic[7]}, this version reads {FORMAT_VERSION}; use the version that wrote it, "
+            "or --sparse-ckpt-fresh to discard it"
+        )
+    body = bytes(view[_SUPERBLOCK.size : _SUPERBLOCK.size + length])
+    if len(body) != length or digest_bytes(body) != digest:
+        raise SlotInvalid(f"{path}: the superblock is damaged")
+    content: dict[str, Any] = json.loads(body)
+    return content
+
+
+def superblock_length(content: Mapping[str, Any]) -> int:
+    """Bytes that the superblock of `content` takes, in whole pages."""
+    return len(encode_superblock(content))
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """JSON of a manifest; floats keep every bit (shortest round-trip text)."""
+    start = asdict(manifest.start)
+    start["blobs"] = {name: base64.b85encode(blob).decode() for name, blob in manifest.start.blobs.items()}
+    return json.dumps(
+        {
+            "rank": manifest.rank,
+            "run_id": manifest.run_id,
+            "spec": asdict(manifest.spec),
+            "start": start,
+            "record": asdict(manifest.record) if manifest.record else None,
+            "adam_steps": manifest.adam_steps,
+            "digests": manifest.digests,
+        },
+        separators=(",", ":"),
+    ).encode()
+
+
+def decode_manifest(body: bytes) -> Manifest:
+    """The manifest that `encode_manifest` wrote."""
+    content = json.loads(body)
+    start, record = content["start"], content["record"]
+    start["blobs"] = {name: base64.b85decode(text) for name, text in start["blobs"].items()}
+    start["scalers"] = tuple(start["scalers"])
+    start["buffers"] = tuple(BufferInfo(**{**item, "shape": tuple(item["shape"])}) for item in start["buffers"])
+    if record is not None:
+        record = IterationRecord(
+            **{
+                **record,
+                "learning_rates": tuple(record["learning_rates"]),
+                "weight_decays": tuple(record["weight_decays"]),
+            }
+        )
+    return Manifest(
+        rank=content["rank"],
+        run_id=content["run_id"],
+        spec=SlotSpec(**{key: tuple(v) if isinstance(v, list) else v for key, v in content["spec"].items()}),
+        start=StartState(**start),
+        record=record,
+        adam_steps={name: tuple(steps) for name, steps in content["adam_steps"].items()},
+        digests=content["digests"],
+    )
+
+
+def encode_header(step: int, manifest: bytes, data_bytes: int) -> bytes:
+    """A slot header whose commit word is still UNCOMMITTED."""
+    return _HEADER.pack(UNCOMMITTED, step, len(manifest), data_bytes, digest_bytes(manifest)).ljust(HEADER_BYTES, b"\0")
+
+
+def decode_header(view: memoryview, geometry: Geometry) -> tuple[int, int, bytes]:
+    """Step, data bytes and manifest of a committed slot.
+
+    Args:
+        view: the whole slot.
+
+    Raises:
+        SlotInvalid: not committed, out of bounds, or the manifest's digest is wrong.
+    """
+    word, step, manifest_bytes, data_bytes, digest = _HEADER.unpack(view[: _HEADER.size])
+    if word == UNCOMMITTED:
+        raise SlotInvalid("not committed")
+    if manifest_bytes > geometry.manifest_bytes or data_bytes > geometry.data_bytes:
+        raise SlotInvalid("the header gives lengths that don't fit the slot")
+    manifest = bytes(view[HEADER_BYTES : HEADER_BYTES + manifest_bytes])
+    if digest_bytes(manifest) != digest:
+        raise SlotInvalid("the manifest's digest is wrong")
+    return step, data_bytes, manifest
