@@ -48,7 +48,7 @@ void raise_os_error(const moevement::OsError& problem) {
 
 void register_errors(py::module_& module) {
   py::register_exception<moevement::EngineError>(module, "EngineError", PyExc_RuntimeError)
-      .attr("__doc__") = "A copy, or the engine that makes copies, cannot do what is asked. The message names the file and line.";
+      .attr("__doc__") = "A copy, or its engine, cannot do what is asked. The message names file and line.";
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) std::rethrow_exception(pointer);
@@ -91,10 +91,10 @@ void set_region_buffer(PyHeapTypeObject* type) {
 
 void bind_region(py::module_& module) {
   py::class_<HostRegion>(module, "HostRegion", py::custom_type_setup(set_region_buffer),
-                         R"(A file mapped into memory, shared between processes; its bytes outlive the process that wrote them.
+                         R"(A file mapped into memory and shared; its bytes outlive the process that wrote them.
 
 Supports the buffer protocol (bytes; read-only when mapped read-only). A library that takes the address of the buffer
-and lets go of the view, as torch.frombuffer does, must be given memoryview(region): the view keeps close() from unmapping.
+and lets go of the view, as torch.frombuffer does, must be given memoryview(region): the view holds close() off.
 )")
       .def_static(
           "create",
@@ -105,7 +105,8 @@ and lets go of the view, as torch.frombuffer does, must be given memoryview(regi
           R"(Make a new file of nbytes zero bytes, its space reserved, and map it writable.
 
 prefault maps every page before the call returns, so that the first copy into it does not fault.
-Raises FileExistsError, OSError with ENOSPC when the file system is full (no file is left behind), ValueError for 0 bytes.)")
+Raises FileExistsError, OSError with ENOSPC when the file system is full (no file is left behind),
+ValueError for 0 bytes.)")
       .def_static(
           "open",
           [](const std::filesystem::path& path, bool writable) { return HostRegion::open(path.string(), writable); },
@@ -234,7 +235,7 @@ is in flight after it returns or raises.)");
 void bind_tickets(EngineClass& engine) {
   engine
       .def("done", &CopyEngine::done, py::arg("ticket"), ReleaseGil(),
-           "Whether all bytes are copied (False for a cancelled ticket). EngineError when it failed, KeyError when unknown.")
+           "Whether all bytes are copied; False when cancelled. EngineError when it failed, KeyError when unknown.")
       .def(
           "wait",
           [](CopyEngine& self, std::uint64_t ticket, double timeout_seconds) {
@@ -262,8 +263,8 @@ void bind_engine(py::module_& module) {
                      R"(Copies batches of memory pieces in order, in small chunks, with one native thread.
 
 device: 'cpu' or 'cuda'. chunk_bytes: bytes a chunk. chunks_in_flight: chunks the GPU holds at a time.
-max_queued_tickets: unfinished tickets, the running one included. max_finished_tickets: finished tickets that can still be
-asked for; older ones are dropped. bytes_per_second_limit: 0 is none.
+max_queued_tickets: unfinished tickets, the running one included. max_finished_tickets: finished tickets that can
+still be asked for; older ones are dropped. bytes_per_second_limit: 0 is none.
 Raises ValueError for limits out of range, EngineError when 'cuda' is asked for and there is none.
 An engine belongs to the process that made it; in a fork its methods raise EngineError.
 )");
@@ -279,11 +280,11 @@ An engine belongs to the process that made it; in a fork its methods raise Engin
       .def("register_host", &CopyEngine::register_host, py::arg("address"), py::arg("nbytes"), ReleaseGil(),
            R"(Pin host memory until unregister_host or close(); False on the CPU engine, where it means nothing.
 
-Unregister before the memory is unmapped. Raises ValueError for a null address or 0 bytes, EngineError from the device.)")
+Unregister before the memory is unmapped. Raises ValueError for a null address or 0 bytes; EngineError.)")
       .def("unregister_host", &CopyEngine::unregister_host, py::arg("address"), ReleaseGil(),
            "Unpin memory that this engine pinned; False when it did not.")
       .def("close", &CopyEngine::close, ReleaseGil(),
-           "Cancel what is not finished and end the thread. Finished tickets stay readable. A second call does nothing.")
+           "Cancel what is not finished and end the thread; a second call does nothing. Finished tickets stay.")
       .def_property_readonly("closed", py::cpp_function(&CopyEngine::closed, ReleaseGil()),
                              "Whether close() was called.")
       .def_property_readonly("failure", py::cpp_function(&CopyEngine::failure, ReleaseGil()),

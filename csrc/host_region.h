@@ -11,9 +11,9 @@ namespace moevement {
 
 class HostRegion {
  public:
-  // Makes a new file of `nbytes` bytes, all zero, reserves its space at once and maps it writable. With `prefault` every
-  // page is in this process's page table before the call returns. Throws OsError (EEXIST, ENOSPC, ...) and leaves no
-  // file behind that it made; std::invalid_argument when `nbytes` is 0 or too large for a file offset.
+  // Makes a new file of `nbytes` bytes, all zero, reserves its space at once and maps it writable. With `prefault`
+  // every page is in this process's page table before the call returns. Throws OsError (EEXIST, ENOSPC, ...) and leaves
+  // no file behind that it made; std::invalid_argument when `nbytes` is 0 or too large for a file offset.
   static std::unique_ptr<HostRegion> create(const std::string& path, std::uint64_t nbytes, bool prefault);
   // Maps a whole existing file. Throws OsError; EINVAL when the file is empty or no regular file.
   static std::unique_ptr<HostRegion> open(const std::string& path, bool writable);

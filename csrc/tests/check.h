@@ -26,6 +26,8 @@
 
 // Returns 1 when the test fails.
 inline int run_test(const char* name, void (*test)()) {
+  // At once, so that the name of a test that hangs is the one after the last line.
+  std::setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);
   try {
     test();
     std::printf("ok   %s\n", name);

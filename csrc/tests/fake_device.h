@@ -58,13 +58,13 @@ class FakeDevice final : public CopyDevice {
     script_.most_chunks = std::max(script_.most_chunks.load(), ++script_.chunks);
   }
   void finish(std::size_t slot) override {
-    while (!script_.chunk_gate_open) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    await_gate();
     CHECK(!marked_[slot].empty());
     --script_.chunks;
     perform(marked_[slot]);
   }
   void drain() noexcept override {
-    while (!script_.chunk_gate_open) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    await_gate();
     ++script_.drains;
     script_.chunks = 0;
     for (auto& chunk : marked_) perform(chunk);
@@ -75,6 +75,12 @@ class FakeDevice final : public CopyDevice {
   bool unregister_host(std::uint64_t) override { return true; }
 
  private:
+  // Bounded, so that a test that fails with the gate closed still ends.
+  void await_gate() const {
+    for (int tries = 0; tries < 2000 && !script_.chunk_gate_open; ++tries) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+  }
   void perform(std::vector<CopyPiece>& pieces) {
     for (const CopyPiece& item : pieces) {
       std::memcpy(reinterpret_cast<void*>(item.destination), reinterpret_cast<const void*>(item.source), item.bytes);

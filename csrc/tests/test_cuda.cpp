@@ -52,7 +52,9 @@ void round_trip_through_shared_memory() {
   CHECK(engine->register_host(host->address(), 2 * nbytes));
   CHECK_THROWS(EngineError, engine->register_host(host->address(), 2 * nbytes));
   auto* bytes = reinterpret_cast<unsigned char*>(host->address());
-  for (std::size_t index = 0; index < nbytes; ++index) bytes[index] = static_cast<unsigned char>(index * 7 + index / 251);
+  for (std::size_t index = 0; index < nbytes; ++index) {
+    bytes[index] = static_cast<unsigned char>(index * 7 + index / 251);
+  }
   const DeviceMemory device(nbytes);
   engine->copy_now({{host->address(), address(device.get()), nbytes}}, 0, "up", 60);
   // Many small pieces down, so that pieces share chunks.

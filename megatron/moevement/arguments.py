@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from megatron.moevement import argument_checks
 from megatron.moevement.argument_checks import UsageError
+from megatron.moevement.errors import ConfigError
 from megatron.moevement.training_config import FlagSpec, TrainingConfig, field_specs, flag_name
 
 PROGRAM = "pretrain_gpt.py"
@@ -33,10 +34,16 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def refuse(program: str, message: object, environ: Mapping[str, str] = os.environ) -> NoReturn:
-    """Print one error line on rank 0 and exit with status 2."""
-    if environ.get("RANK", "0") == "0":
+    """Print one error line and exit with status 2.
+
+    What every rank finds (a text, a `ConfigError`) is printed by rank 0; any other error by each rank that has it.
+    """
+    rank = environ.get("RANK", "0")
+    found_by_all = isinstance(message, (str, ConfigError))
+    if rank == "0" or not found_by_all:
         line = " ".join(str(message).split())
-        print(f"{program}: error: {line}", file=sys.stderr, flush=True)
+        where = "" if rank == "0" else f" rank {rank}:"
+        print(f"{program}: error:{where} {line}", file=sys.stderr, flush=True)
     raise SystemExit(EXIT_USAGE)
 
 
@@ -119,7 +126,7 @@ def _world_size(environ: Mapping[str, str]) -> int:
 
 def _check_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """Refuse unsupported and unknown flags, before argparse can misread the words after them."""
-    known = [option for action in parser._actions for option in action.option_strings]  # noqa: SLF001
+    known = [option for action in parser._actions for option in action.option_strings]
     for word in words:
         if word == "--":
             return

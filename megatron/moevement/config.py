@@ -100,7 +100,9 @@ class SparseCheckpointConfig:
         "Name of the job inside the directory. Workers that are restarted under the same name find their slots.",
     )
     fresh: bool = _knob(
-        False, "--sparse-ckpt-fresh", "Discard the slots of an earlier run of this name instead of recovering from them."
+        False,
+        "--sparse-ckpt-fresh",
+        "Discard the slots of an earlier run of this name instead of recovering from them.",
     )
     keep: bool = _knob(
         False,

@@ -1,5 +1,6 @@
 """One iteration and one recovery, read top to bottom: the face of sparse checkpointing for a training loop."""
 
+import itertools
 import statistics
 import time
 import uuid
@@ -260,7 +261,7 @@ class SparseCheckpointManager:
         times = self._iteration_starts
         if len(times) <= self._config.measure_iterations:
             return
-        iteration = statistics.median(b - a for a, b in zip(times[1:-1], times[2:], strict=True))
+        iteration = statistics.median(after - before for before, after in itertools.pairwise(times[1:]))
         pieces = [p for o in self._state.table for p in self._state.pieces(o.name, Presence.FULL)]
         bandwidth = measure_bandwidth(
             self._engine, pieces, self._config.job_directory, self._agreement.rank, self._state.stream()
@@ -277,14 +278,16 @@ class SparseCheckpointManager:
         try:
             existing_all = sum(self._agreement.gather(existing))
             check_room(
-                memory, self._config.host_memory_gib, self._config.job_directory, self._surroundings.ranks_on_node, existing_all
+                memory,
+                self._config.host_memory_gib,
+                self._config.job_directory,
+                self._surroundings.ranks_on_node,
+                existing_all,
             )
             if not self._config.dry_run:
                 self._path.unlink(missing_ok=True)
                 content = {"identity": self._identity, "run_id": run_id, "operators": self._state.table.to_json()}
-                store = HostStore.create(
-                    self._path, content, memory.slots, memory.manifest_bytes, memory.data_bytes
-                )
+                store = HostStore.create(self._path, content, memory.slots, memory.manifest_bytes, memory.data_bytes)
         except StoreError as error:
             problem = str(error)
         problems = [text for text in self._agreement.gather(problem) if text]

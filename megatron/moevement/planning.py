@@ -62,8 +62,8 @@ def make_plan(
     schedule = SlotSchedule(divide(table, order, window, config.window_mode), config.window_mode)
     sizes = slot_bytes(table, schedule.groups, config.window_mode)
     # Orders that come later divide the operators differently, by up to one operator a slot.
-    # Under the distributed optimizer a rank owns all of some operators and nothing of others, so that its share of a slot
-    # varies more.
+    # Under the distributed optimizer a rank owns all of some operators and nothing of others, so that its share of
+    # a slot varies more.
     spare = (max((o.full_bytes for o in table), default=0) + max(sizes) // 4) if config.reorder else 0
     start, buffers = state.start_state(0)
     blob_bytes = sum(len(blob) for blob in start.blobs.values())
@@ -93,8 +93,8 @@ def describe(plan: SparsePlan, state: TrainingState, config: SparseCheckpointCon
         f"{100 * max(plan.slot_bytes) / max(plan.dense_bytes, 1):.0f}% of it",
         f"host memory      {plan.memory.total_bytes / GIB:.3f} GiB a rank: {plan.memory.slots} slots of "
         f"{plan.memory.slot_bytes / MIB:.2f} MiB; {ranks * plan.memory.total_bytes / GIB:.3f} GiB for {ranks} ranks",
-        f"a recovery       replays {window - 1} to {plan.longest_run - 1} iterations in the conversion, and up to 3 more "
-        "that were not committed everywhere",
+        f"a recovery       replays {window - 1} to {plan.longest_run - 1} iterations in the conversion, and up to 3 "
+        "more that were not committed everywhere",
     ]
     if plan.measured is not None:
         fits = max(plan.slot_bytes) <= plan.measured.bytes_per_second * plan.measured.iteration_seconds

@@ -9,6 +9,7 @@ import pytest
 
 from megatron.moevement import arguments
 from megatron.moevement.argument_checks import UNSUPPORTED
+from megatron.moevement.errors import ConfigError, StoreError
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = (
@@ -93,11 +94,19 @@ def test_a_bad_world_size_is_refused(capsys: pytest.CaptureFixture[str]) -> None
     assert "WORLD_SIZE" in refusal(GOOD, capsys, {"WORLD_SIZE": "many"})
 
 
-def test_only_rank_zero_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        arguments.refuse("program", "message", {"RANK": "1"})
-    assert caught.value.code == 2
-    assert capsys.readouterr().err == ""
+@pytest.mark.parametrize("message", ["text", ConfigError("text")])
+def test_only_rank_zero_prints_what_all_find(message: object, capsys: pytest.CaptureFixture[str]) -> None:
+    for rank in ("0", "1"):
+        with pytest.raises(SystemExit) as caught:
+            arguments.refuse("program", message, {"RANK": rank})
+        assert caught.value.code == 2
+    assert capsys.readouterr().err == "program: error: text\n"
+
+
+def test_a_rank_prints_what_it_alone_finds(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        arguments.refuse("program", StoreError("slot file is gone"), {"RANK": "3"})
+    assert capsys.readouterr().err == "program: error: rank 3: slot file is gone\n"
 
 
 def test_parsing_loads_neither_torch_nor_megatron_core() -> None:

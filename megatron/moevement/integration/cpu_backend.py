@@ -16,7 +16,6 @@ explicit: `install` refuses where CUDA is available, and `hide_cuda` is called o
 | Tensor.type in core.optimizer   | parameters are sorted by the names torch.cuda.*Tensor                          |
 | CUDA RNG state functions        | the CPU generator plays the part of the device's generator                     |
 | RNG tracker                     | its fork() warns when the CPU generator moves, which here it must              |
-| moe_utils.te_general_gemm       | unbound without TransformerEngine: the router would raise NameError            |
 | maybe_move_tensor_to_cpu        | all_to_all wants split sizes as numpy; core converts only CUDA tensors         |
 """
 
@@ -146,7 +145,7 @@ def _replace_tensor_methods() -> None:
     def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         answer = original_type(self, *args, **kwargs)
         asked_for_name = not args and not kwargs
-        caller = sys._getframe(1).f_globals.get("__name__", "")  # noqa: SLF001
+        caller = sys._getframe(1).f_globals.get("__name__", "")
         if asked_for_name and caller.startswith("megatron.core.optimizer"):
             return answer.replace("torch.", "torch.cuda.", 1)
         return answer
@@ -167,7 +166,7 @@ def _replace_rng() -> None:
     def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
 
-    core_random._set_cuda_rng_state = set_state  # noqa: SLF001  core calls it by this private name
+    core_random._set_cuda_rng_state = set_state
     core_random.CudaRNGStatesTracker = _cpu_tracker_class(core_random)
 
 
@@ -198,10 +197,7 @@ def _cpu_tracker_class(core_random: Any) -> type:
 
 
 def _replace_moe_helpers() -> None:
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
-
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
+    from megatron.core.transformer.moe import token_dispatcher
 
     def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor

@@ -132,6 +132,7 @@ def build_train_dataset(
         for path in (f"{prefix}.bin", f"{prefix}.idx"):
             if not os.path.isfile(path):
                 raise UsageError("--data-path", f"{path} does not exist", "prepare it with scripts/prepare_data.py")
+        _check_cache_folder(config.data_cache_path, prefix)
     dataset_config = GPTDatasetConfig(
         random_seed=config.seed,
         sequence_length=config.seq_length,
@@ -147,3 +148,12 @@ def build_train_dataset(
     sizes = [config.train_iters * config.samples_per_iteration, 0, 0]
     train, _valid, _test = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: reads_data, dataset_config).build()
     return train  # type: ignore[no-any-return]
+
+
+def _check_cache_folder(given: str | None, prefix: str) -> None:
+    """Refuse a folder of index caches that cannot be written, before ranks wait for each other."""
+    folder = given or os.path.join(prefix, "cache")  # beside the data is where core puts them
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UsageError("--data-cache-path", f"{folder}: {error.strerror}", "name a folder to write to") from error

@@ -195,7 +195,9 @@ def _operator_of(
         return "embedding", OperatorKind.EMBEDDING, None, None
     if ".output_layer." in f".{name}" or ".decoder.final_layernorm." in f".{name}":
         return "output", OperatorKind.OUTPUT, None, None
-    raise UnsupportedError(f"{name}: belongs to no known operator (multi-token prediction and vision are not supported)")
+    raise UnsupportedError(
+        f"{name}: belongs to no known operator (multi-token prediction and vision are not supported)"
+    )
 
 
 def chunk_layer(chunk: DistributedDataParallel, index: int) -> Any:

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-
 ACTIVATION_TAG = 1
 GRADIENT_TAG = 2
 

@@ -10,6 +10,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
@@ -85,6 +86,16 @@ def transformer_config(config: TrainingConfig) -> TransformerConfig:
     )
 
 
+def bind_missing_names() -> None:
+    """Bind the name that core's router reads but imports only with TransformerEngine.
+
+    None is the value that core itself gives it elsewhere when TransformerEngine is missing; without it the first
+    router call raises NameError, on any device.
+    """
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
 def build_chunks(
     config: TrainingConfig, model_config: TransformerConfig, padded_vocab_size: int, device: torch.device
 ) -> list[DistributedDataParallel]:
@@ -92,6 +103,7 @@ def build_chunks(
 
     Data-parallel copies start equal. The gradient hooks that the schedules call are set in `model_config`.
     """
+    bind_missing_names()
     stages = [None] if config.virtual_pipeline_size is None else list(range(config.virtual_pipeline_size))
     bare = [_bare_chunk(config, model_config, padded_vocab_size, stage) for stage in stages]
     ddp_config = DistributedDataParallelConfig(

@@ -70,6 +70,7 @@ class OperatorState:
         ranges: list[MemoryRange] = []
         for part in self._table[operator].slices:
             item = self._owned[part.parameter]
+            tensors: list[tuple[torch.Tensor | None, int]]
             if presence is Presence.WEIGHTS_ONLY:
                 tensors = [(item.parameter, part.start)]
             else:
@@ -81,15 +82,13 @@ class OperatorState:
         return ranges
 
     def _full_tensors(self, item: OwnedParameter) -> list[torch.Tensor | None]:
-        if item.inner is None or item.master is None:
-            return [None, None, None]
-        state = item.inner.state[item.master]
-        return [item.master, *(state[name] for name in _MOMENTS)]
+        state = _adam_state(item)
+        return [None, None, None] if state is None else [item.master, *(state[name] for name in _MOMENTS)]
 
     def adam_steps(self, operator: str) -> tuple[float, ...]:
         """Adam's step counter of every slice of the operator; 0 where this rank owns nothing."""
-        items = [self._owned[part.parameter] for part in self._table[operator].slices]
-        return tuple(float(i.inner.state[i.master]["step"]) if i.inner is not None else 0.0 for i in items)
+        states = [_adam_state(self._owned[part.parameter]) for part in self._table[operator].slices]
+        return tuple(0.0 if state is None else float(state["step"]) for state in states)
 
     def start_state(self, step: int) -> tuple[StartState, Sequence[MemoryRange]]:
         """RNG, scheduler, scalers, data position; buffers are cloned, because an iteration changes them early."""
@@ -168,9 +167,9 @@ class OperatorState:
 
     def _set_adam_steps(self, operator: RecordedOperator) -> None:
         for part, step in zip(self._table[operator.name].slices, operator.adam_steps, strict=True):
-            item = self._owned[part.parameter]
-            if item.inner is not None:
-                item.inner.state[item.master]["step"].fill_(step)
+            state = _adam_state(self._owned[part.parameter])
+            if state is not None:
+                state["step"].fill_(step)
 
     def load_start_state(self, state: StartState, buffers: Sequence[MemoryRange]) -> None:
         """Restores RNG, scheduler, scaler, data position and buffers, and drops what an iteration half counted."""
@@ -228,6 +227,14 @@ class OperatorState:
                     differing.append(operator.name)
                     break
         return tuple(differing)
+
+
+def _adam_state(item: OwnedParameter) -> dict[str, torch.Tensor] | None:
+    """Moments and step of the parameter; None if this rank owns nothing of it."""
+    if item.inner is None or item.master is None:
+        return None
+    state: dict[str, torch.Tensor] = item.inner.state[item.master]
+    return state
 
 
 def _derive_weight(item: OwnedParameter) -> None:

@@ -32,9 +32,7 @@ def replay_iteration(job: TrainingJob, record: IterationRecord, frozen: list[Own
 
 
 def _update(job: TrainingJob, record: IterationRecord, frozen: list[OwnedParameter]) -> None:
-    for group, rate, decay in zip(
-        job.optimizer.param_groups, record.learning_rates, record.weight_decays, strict=True
-    ):
+    for group, rate, decay in zip(job.optimizer.param_groups, record.learning_rates, record.weight_decays, strict=True):
         group["lr"], group["weight_decay"] = rate, decay
     # What it finds (overflow) was decided by the failed run, with gradients that frozen operators don't have here.
     job.optimizer.prepare_grads()

@@ -91,10 +91,12 @@ def _exact(outcome: IterationOutcome) -> dict[str, Any]:
 def _entries(job: TrainingJob) -> Iterator[tuple[str, torch.Tensor]]:
     names: dict[torch.Tensor, str] = {}
     for number, chunk in enumerate(job.chunks):
-        for name, parameter in chunk.module.named_parameters():
+        # DDP and the 16-bit wrapper hold the model one level down each.
+        model = chunk.module.module
+        for name, parameter in model.named_parameters():
             names[parameter] = f"chunk{number}.{name}"
             yield f"parameter/chunk{number}.{name}", parameter.data
-        for name, buffer in chunk.module.named_buffers():
+        for name, buffer in model.named_buffers():
             yield f"buffer/chunk{number}.{name}", buffer
     for position, optimizer in enumerate(inner_optimizers(job.optimizer)):
         yield from _optimizer_entries(position, optimizer, names)
@@ -144,7 +146,7 @@ def _owned_range(optimizer: Any, parameter: torch.Tensor) -> str:
     if not hasattr(optimizer, "shard_fp32_from_float16_groups"):
         return ""
     # Core has no public way to ask which range of a parameter this rank owns.
-    owned = optimizer._get_model_param_range_map(parameter)["param"]  # noqa: SLF001
+    owned = optimizer._get_model_param_range_map(parameter)["param"]
     return f"[{owned.start}:{owned.end}]"
 
 

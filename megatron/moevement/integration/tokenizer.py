@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from megatron.core.tokenizers import MegatronTokenizer
 from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
 
@@ -37,12 +39,12 @@ def build_tokenizer(kind: str, model: str | None = None, vocab_size: int | None 
         return MegatronTokenizer.from_pretrained(metadata_path={"library": "null"}, vocab_size=vocab_size)
     if kind != "HuggingFaceTokenizer":
         raise UsageError("--tokenizer-type", f"{kind} is not supported", "use ByteLevelTokenizer")
+    if importlib.util.find_spec("transformers") is None:
+        raise UsageError("--tokenizer-type", "HuggingFaceTokenizer needs a package", "pip install transformers")
     try:
         return MegatronTokenizer.from_pretrained(tokenizer_path=model, metadata_path={"library": "huggingface"})
-    except (ImportError, ModuleNotFoundError) as error:
-        raise UsageError("--tokenizer-type", f"HuggingFaceTokenizer: {error}", "pip install transformers") from error
     except (OSError, ValueError) as error:
-        raise UsageError("--tokenizer-model", f"{model}: {error}", "name an existing tokenizer") from error
+        raise UsageError("--tokenizer-model", f"{model} cannot be loaded ({error})", "name an existing one") from error
 
 
 def padded_vocab_size(vocab_size: int, multiple: int, tensor_parallel_size: int) -> int:

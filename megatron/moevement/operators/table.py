@@ -1,5 +1,6 @@
 """The operator table of one rank: every owned element of the training state belongs to exactly one operator."""
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -33,7 +34,7 @@ class OperatorTable:
                     ranges.setdefault(part.parameter, []).append((part.start, part.end, operator.name))
         for parameter, parts in ranges.items():
             parts.sort()
-            for (_, end, first), (start, _, second) in zip(parts, parts[1:], strict=False):
+            for (_, end, first), (start, _, second) in itertools.pairwise(parts):
                 if start < end:
                     raise UnsupportedError(f"{parameter}: operators {first} and {second} both hold element {start}")
 

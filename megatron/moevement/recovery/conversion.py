@@ -61,7 +61,9 @@ def convert(
         differing = state.differing_weights(reader.operators(step, known))
         compared += len(known)
         different += len(differing)
-        _require_equal(agreement, deterministic, f"compute weights of {', '.join(differing[:3])} at step {step}", differing)
+        _require_equal(
+            agreement, deterministic, f"compute weights of {', '.join(differing[:3])} at step {step}", differing
+        )
         state.load(reader.operators(step, {*spec.full, *spec.weights_only} - known))
         state.load_start_state(reader.manifest(step).start, reader.buffers(step))
         active.update(spec.full)

@@ -98,7 +98,11 @@ def choose_source(
     texts = tuple(f"rank {rank}: {text}" for rank, offer in enumerate(offers) for text in offer[3])
     if len({offer[0] for offer in offers}) > 1:
         present = [rank for rank, offer in enumerate(offers) if offer[0]]
-        texts += (f"only ranks {present} have slots of one run",) if len(present) < len(offers) else ("slots of different runs",)
+        texts += (
+            (f"only ranks {present} have slots of one run",)
+            if len(present) < len(offers)
+            else ("slots of different runs",)
+        )
         return Choice(None, dense_step, texts)
     run = common_run([(offer[1], offer[2]) for offer in offers]) if run_id else None
     if run is None or (dense_step is not None and dense_step > run.last):

@@ -75,11 +75,18 @@ def compare_runs(one: Digests, other: Digests, other_iterations: Iterable[Event]
 
 
 def _figures(digests: Digests, iterations: Iterable[Event]) -> list[tuple[int, int, Mapping[str, str | None]]]:
-    """(rank, iteration, exact figures) of the events and of the digests' histories."""
+    """(rank, iteration, exact figures) of the events, and of the digests' histories where they say anything else."""
     found: list[tuple[int, int, Mapping[str, str | None]]] = [
-        (int(e["rank"]), int(e["iteration"]), {key: None if e[key] is None else float(e[key]).hex() for key in _FIGURES})
+        (
+            int(e["rank"]),
+            int(e["iteration"]),
+            {key: None if e[key] is None else float(e[key]).hex() for key in _FIGURES},
+        )
         for e in iterations
     ]
+    known = {(rank, number, *values.values()) for rank, number, values in found}
     for rank, digest in digests.items():
-        found += [(rank, int(number), figures) for number, figures in digest["history"].items()]
+        for number, values in digest["history"].items():
+            if (rank, int(number), *(values[key] for key in _FIGURES)) not in known:
+                found.append((rank, int(number), values))
     return found

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -10,19 +11,22 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from megatron.moevement.report.read_events import Attempt, RunEvents
+from megatron.moevement.report.read_events import Attempt
+from megatron.moevement.report.summary import Recovery
 from megatron.moevement.report.timeline import Lane, WindowTimeline
 
 INK, MUTED, GRID = "#22272e", "#6e7781", "#e4e8ec"
 BLUE, PALE_BLUE, ORANGE, RED, GREEN, YELLOW = "#1f6feb", "#a5c8f8", "#e8862e", "#cf222e", "#2da44e", "#f2cc60"
 LANE_COLOURS: Mapping[Lane, str] = {
+    Lane.ITERATION: PALE_BLUE,
     Lane.COMPUTE: PALE_BLUE,
     Lane.COPY: BLUE,
     Lane.STALL: RED,
     Lane.UPDATE: "#8c959f",
     Lane.COMMIT: GREEN,
 }
-STYLE = {
+# matplotlib's stubs name every setting as a literal.
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.edgecolor": GRID,
@@ -37,15 +41,8 @@ STYLE = {
     "hatch.linewidth": 0.6,
 }
 DPI = 160
-
-
-@dataclass(frozen=True, slots=True)
-class Kill:
-    """A killed worker: its rank, and how many iterations were finished when it died."""
-
-    rank: int
-    finished: int
-    note: str = ""
+# A shorter bar could not be seen.
+_NARROWEST_SHARE = 0.0015
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +52,14 @@ class LossPlot:
     Attributes:
         undisturbed: loss by iteration.
         attempts: the lives of the disturbed run, in order.
-        kills: the kill that ended each life but the last, in order.
+        kills: what ended lives, and where.
         verdict: the sentence that states the bitwise comparison.
         equal: whether nothing differed.
     """
 
     undisturbed: Mapping[int, float]
     attempts: Sequence[Attempt]
-    kills: Sequence[Kill]
+    kills: Sequence[Recovery]
     verdict: str
     equal: bool
 
@@ -80,7 +77,8 @@ def plot_losses(data: LossPlot, path: Path) -> None:
         _draw_lives(lives, data)
         _draw_difference(difference, data)
         difference.set_xlabel("iteration")
-        difference.xaxis.set_major_locator(MaxNLocator(integer=True))
+        difference.xaxis.set_major_locator(MaxNLocator(nbins=13, steps=[1, 2, 5, 10], integer=True))
+        difference.set_xlim(0.3, max(data.undisturbed, default=0) + 1.7)
         figure.savefig(path)
 
 
@@ -123,11 +121,10 @@ def _draw_lives(axes: Axes, data: LossPlot) -> None:
             number = int(event["iteration"])
             _cell(axes, number + 1, row, YELLOW if number < newest else BLUE)
         newest = max([newest, *(int(e["iteration"]) + 1 for e in attempt.iterations)])
-        if row < len(data.kills):
-            kill = data.kills[row]
+        for kill in [kill for kill in data.kills if kill.life == row]:
             axes.plot(kill.finished + 0.5, row, marker="X", color=RED, markersize=8, markeredgecolor="white", zorder=5)
             axes.annotate(
-                f"SIGKILL rank {kill.rank}" + (f", {kill.note}" if kill.note else ""),
+                f"SIGKILL rank {kill.rank}" + (", in the recovery" if kill.in_recovery else ""),
                 (kill.finished + 0.5, row),
                 xytext=(9, 0),
                 textcoords="offset points",
@@ -197,15 +194,21 @@ def plot_window(timeline: WindowTimeline, path: Path) -> None:
 
 
 def _draw_lanes(axes: Axes, timeline: WindowTimeline) -> None:
-    lanes = list(Lane)
+    lanes = [lane for lane in Lane if any(span.lane is lane for span in timeline.spans)]
     origin = timeline.slots[0].started
+    narrowest = _NARROWEST_SHARE * 1000 * (max(span.ended for span in timeline.spans) - origin)
     for span in timeline.spans:
         row = lanes.index(span.lane)
         left, width = 1000 * (span.started - origin), 1000 * (span.ended - span.started)
-        axes.barh(row, max(width, 0.0), left=left, height=0.62, color=LANE_COLOURS[span.lane], linewidth=0)
+        axes.barh(row, max(width, narrowest), left=left, height=0.62, color=LANE_COLOURS[span.lane], linewidth=0)
         if span.label:
             axes.annotate(
-                span.label, (left + width, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5,
+                span.label,
+                (left + width, row),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7.5,
                 color=MUTED,
             )
     for slot in timeline.slots:
@@ -223,9 +226,6 @@ def _draw_lanes(axes: Axes, timeline: WindowTimeline) -> None:
     axes.set_xlim(left=0)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("milliseconds since the first iteration of the window began")
-    missing = [lane.value for lane in lanes if all(s.lane is not lane for s in timeline.spans)]
-    if missing:
-        axes.text(0, -0.24, f"not recorded: {', '.join(missing)}", transform=axes.transAxes, color=MUTED, fontsize=7.5)
 
 
 def _draw_matrix(axes: Axes, timeline: WindowTimeline) -> None:

@@ -98,8 +98,10 @@ class ProgressDisplay:
         if kind == "recovery_started":
             self._run = (int(event["first"]), int(event["last"]))
             return [
-                f"recovery: converting slots of steps {event['first']} to {event['last']}, "
-                f"{event['replays']} iterations to replay"
+                (
+                    f"recovery: converting slots of steps {event['first']} to {event['last']}, "
+                    f"{event['replays']} iterations to replay"
+                )
             ]
         if kind == "conversion":
             return [_conversion_line(event, *self._run)]
@@ -107,8 +109,10 @@ class ProgressDisplay:
             self._last_recovery = f"step {event['step']}, {event['replays']} replays, {event['seconds']:.1f} s"
             verdict = "all bitwise equal" if not event["different"] else f"{event['different']} DIFFERENT"
             return [
-                f"recovery: dense state of step {event['step']} after {event['replays']} replays in "
-                f"{event['seconds']:.2f} s; {event['compared']} recorded values compared, {verdict}"
+                (
+                    f"recovery: dense state of step {event['step']} after {event['replays']} replays in "
+                    f"{event['seconds']:.2f} s; {event['compared']} recorded values compared, {verdict}"
+                )
             ]
         if kind == "slot_failed":
             return [f"slot of step {event['step']} failed, training goes on: {event['reason']}"]
@@ -180,7 +184,9 @@ def live_table(event: Event, settings: ProgressSettings, last_recovery: str) -> 
         ]
     for left, right in zip(rows[::2], rows[1::2], strict=True):
         table.add_row(*left, *right)
-    head = Text.assemble((f"iteration {number}/{settings.train_iters}  ", "bold"), _bar(number, settings.train_iters, 40))
+    head = Text.assemble(
+        (f"iteration {number}/{settings.train_iters}  ", "bold"), _bar(number, settings.train_iters, 40)
+    )
     return Group(head, table)
 
 

@@ -49,6 +49,24 @@ class Attempt:
     recovery_seconds: float | None
 
 
+class Tail:
+    """Follows files that others append to."""
+
+    def __init__(self) -> None:
+        self._offsets: dict[Path, int] = {}
+
+    def lines(self, path: Path) -> list[str]:
+        """The lines that were completed since the last call; none as long as the file doesn't exist."""
+        if not path.exists():
+            return []
+        with path.open("rb") as file:
+            file.seek(self._offsets.get(path, 0))
+            data = file.read()
+        complete = data[: data.rfind(b"\n") + 1]
+        self._offsets[path] = self._offsets.get(path, 0) + len(complete)
+        return complete.decode(errors="replace").splitlines()
+
+
 def parse_lines(lines: Iterable[str]) -> tuple[list[Event], int]:
     """The events in the lines, and the number of torn lines.
 

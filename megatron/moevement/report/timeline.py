@@ -14,8 +14,9 @@ _SINGLE = ("embedding", "output")
 
 
 class Lane(StrEnum):
-    """The rows of a timeline, from top to bottom."""
+    """The rows of a timeline, from top to bottom. `ITERATION` is there only where its parts aren't recorded."""
 
+    ITERATION = "iteration"
     COMPUTE = "forward, backward"
     COPY = "copy to host memory"
     STALL = "stall at the fence"
@@ -127,7 +128,9 @@ def _spans(event: Event, commit: Event) -> Iterator[Span]:
     """The spans of one iteration; those whose times the events don't have are left out."""
     started, ended = _started(event), float(event["time"])
     fence = event.get("fence_started_time")
-    if fence is not None:
+    if fence is None:
+        yield Span(Lane.ITERATION, started, ended)
+    else:
         stalled = float(fence) + float(event["stall_seconds"])
         yield Span(Lane.COMPUTE, started, float(fence))
         yield Span(Lane.STALL, float(fence), stalled, f"{1000 * event['stall_seconds']:.1f} ms")

@@ -28,9 +28,7 @@ def capture_order(table: OperatorTable, popularity: Mapping[str, int]) -> tuple[
     return tuple(o.name for o in sorted(table, key=lambda o: (_RANK[o.kind], popularity.get(o.name, 0), o.name)))
 
 
-def should_reorder(
-    at_last_order: Mapping[str, int], now: Mapping[str, int], change: float, share: float
-) -> bool:
+def should_reorder(at_last_order: Mapping[str, int], now: Mapping[str, int], change: float, share: float) -> bool:
     """Whether at least `share` of the experts changed their activation frequency by more than `change`.
 
     Frequencies are shares of all tokens counted, so that windows of different length compare. Without any count

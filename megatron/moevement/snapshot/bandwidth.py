@@ -13,7 +13,9 @@ MEASURE_BYTES_LIMIT = 256 << 20
 REPEATS = 3
 
 
-def measure_bandwidth(engine: CopyEngine, sources: Sequence[MemoryRange], directory: Path, rank: int, stream: int) -> float:
+def measure_bandwidth(
+    engine: CopyEngine, sources: Sequence[MemoryRange], directory: Path, rank: int, stream: int
+) -> float:
     """Bytes per second, the median of three batches of up to 256 MiB of the training state itself.
 
     Args:

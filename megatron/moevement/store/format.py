@@ -149,12 +149,18 @@ def decode_manifest(body: bytes) -> Manifest:
     return Manifest(
         rank=content["rank"],
         run_id=content["run_id"],
-        spec=SlotSpec(**{key: tuple(v) if isinstance(v, list) else v for key, v in content["spec"].items()}),
+        spec=_decode_spec(content["spec"]),
         start=StartState(**start),
         record=record,
         adam_steps={name: tuple(steps) for name, steps in content["adam_steps"].items()},
         digests=content["digests"],
     )
+
+
+def _decode_spec(content: dict[str, Any]) -> SlotSpec:
+    names = ("full", "weights_only", "group_lengths")
+    full, weights_only, lengths = (tuple(content[name]) for name in names)
+    return SlotSpec(content["step"], content["index"], full, weights_only, lengths)
 
 
 def encode_header(step: int, manifest: bytes, data_bytes: int) -> bytes:

@@ -46,7 +46,9 @@ class HostStore:
         self._scan()
 
     @classmethod
-    def create(cls, path: Path, content: Mapping[str, Any], slots: int, manifest_bytes: int, data_bytes: int) -> "HostStore":
+    def create(
+        cls, path: Path, content: Mapping[str, Any], slots: int, manifest_bytes: int, data_bytes: int
+    ) -> "HostStore":
         """Creates the file with all its memory.
 
         Args:
@@ -57,19 +59,11 @@ class HostStore:
         Raises:
             StoreError: no space, or the directory can't be written.
         """
+        shape = {"slots": slots, "manifest_bytes": manifest_bytes, "data_bytes": data_bytes}
         # The superblock holds its own length, so its length is settled with a number that is at least as long.
-        probe = {_GEOMETRY: dict(slots=slots, manifest_bytes=manifest_bytes, data_bytes=data_bytes, superblock_bytes=1 << 40)}
-        length = fmt.superblock_length({**content, **probe})
-        geometry = fmt.Geometry(slots, manifest_bytes, data_bytes, length)
-        full = {
-            **content,
-            _GEOMETRY: {
-                "slots": slots,
-                "manifest_bytes": manifest_bytes,
-                "data_bytes": data_bytes,
-                "superblock_bytes": length,
-            },
-        }
+        length = fmt.superblock_length({**content, _GEOMETRY: {**shape, "superblock_bytes": 1 << 40}})
+        geometry = fmt.Geometry(**shape, superblock_bytes=length)
+        full = {**content, _GEOMETRY: {**shape, "superblock_bytes": length}}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             region = HostRegion.create(str(path), geometry.file_bytes, prefault=True)
@@ -110,7 +104,9 @@ class HostStore:
                 if word != fmt.UNCOMMITTED:
                     self.rejected.append(f"slot {index}: {error}")
                 continue
-            info = SlotInfo(step, word, frozenset(decoded.spec.full), frozenset(decoded.spec.weights_only), self.geometry.slot_bytes)
+            info = SlotInfo(
+                step, word, frozenset(decoded.spec.full), frozenset(decoded.spec.weights_only), self.geometry.slot_bytes
+            )
             older = self._by_step.get(step)
             if older is not None and older[1].sequence > word:
                 self._free.append(index)
@@ -169,7 +165,11 @@ class HostStore:
         self._view[offset : offset + fmt.HEADER_BYTES] = fmt.encode_header(lease.step, body, data_bytes)
         self._region.store_word(offset, lease.sequence)
         info = SlotInfo(
-            lease.step, lease.sequence, frozenset(manifest.spec.full), frozenset(manifest.spec.weights_only), self.geometry.slot_bytes
+            lease.step,
+            lease.sequence,
+            frozenset(manifest.spec.full),
+            frozenset(manifest.spec.weights_only),
+            self.geometry.slot_bytes,
         )
         with self._lock:
             older = self._by_step.get(lease.step)
@@ -249,6 +249,6 @@ def _creation_message(path: Path, nbytes: int, error: OSError) -> str:
             f"--sparse-ckpt-dir {path.parent}: no room for {needed} of slots; choose a larger file system, a smaller "
             "--sparse-ckpt-window, or raise the size of the tmpfs"
         )
-    if error.errno == errno.EEXIST:
+    if error.errno == errno.EEXIST and path.exists():
         return f"{path}: exists already; use --sparse-ckpt-fresh or another --sparse-ckpt-name"
     return f"--sparse-ckpt-dir {path.parent}: {error.strerror}; choose a directory that can be written"

@@ -68,6 +68,6 @@ def check_room(plan: MemoryPlan, limit_gib: float, directory: Path, ranks_on_nod
     needed = plan.total_bytes * ranks_on_node
     if needed > free:
         raise StoreError(
-            f"--sparse-ckpt-dir {directory}: {ranks_on_node} ranks need {needed / GIB:.3f} GiB of slots, {free / GIB:.3f} "
-            "are free; choose another directory, a larger tmpfs, or another --sparse-ckpt-window"
+            f"--sparse-ckpt-dir {directory}: {ranks_on_node} ranks need {needed / GIB:.3f} GiB of slots, "
+            f"{free / GIB:.3f} are free; choose another directory, a larger tmpfs, or another --sparse-ckpt-window"
         )

@@ -1,0 +1,83 @@
+"""The recovery planner against brute force."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron.moevement.recovery.plan import common_run, is_window, newest_run, shortest_run, slots_to_keep
+from megatron.moevement.types import Run, SlotInfo
+
+OPERATORS = frozenset("abc")
+
+
+def slot(step: int, full: str, weights_only: str) -> SlotInfo:
+    """A slot with operators named by letters."""
+    return SlotInfo(step, step + 1, frozenset(full), frozenset(weights_only), 0)
+
+
+@st.composite
+def slot_sets(draw: st.DrawFn) -> dict[int, SlotInfo]:
+    """Any slots at all, legal or not."""
+    steps = draw(st.sets(st.integers(0, 9)))
+    found = {}
+    for step in steps:
+        presence = draw(st.tuples(*[st.sampled_from(["full", "light", "absent"])] * 3))
+        names = dict(zip("abc", presence, strict=True))
+        full = "".join(n for n, p in names.items() if p == "full")
+        found[step] = slot(step, full, "".join(n for n, p in names.items() if p == "light"))
+    return found
+
+
+def brute_force(slots: dict[int, SlotInfo], run: Run) -> bool:
+    """The definition, operator by operator."""
+    for name in OPERATORS:
+        for step in run.steps:
+            if step not in slots or (name not in slots[step].full and name not in slots[step].weights_only):
+                return False
+            if name in slots[step].full:
+                break
+        else:
+            return False
+    return all(step in slots for step in run.steps)
+
+
+@given(slot_sets(), st.integers(0, 9), st.integers(0, 9))
+def test_is_window_is_the_definition(slots: dict[int, SlotInfo], first: int, length: int) -> None:
+    run = Run(first, first + length)
+    assert is_window(slots, OPERATORS, run) == brute_force(slots, run)
+
+
+@given(slot_sets(), st.integers(0, 9))
+def test_shortest_run_is_the_shortest(slots: dict[int, SlotInfo], last: int) -> None:
+    windows = [Run(first, last) for first in range(last + 1) if brute_force(slots, Run(first, last))]
+    assert shortest_run(slots, OPERATORS, last) == (windows[-1] if windows else None)
+
+
+@settings(max_examples=300)
+@given(st.lists(slot_sets(), min_size=1, max_size=3))
+def test_a_common_run_is_a_window_on_every_rank(ranks: list[dict[int, SlotInfo]]) -> None:
+    run = common_run([(slots, OPERATORS) for slots in ranks])
+    if run is not None:
+        assert all(brute_force(slots, run) for slots in ranks)
+    if len(ranks) == 1:
+        assert run == newest_run(ranks[0], OPERATORS)
+
+
+def test_a_rank_that_lags_decides() -> None:
+    ahead = {step: slot(step, "abc", "") for step in range(4)}
+    behind = {step: slot(step, "abc", "") for step in range(3)}
+    assert common_run([(ahead, OPERATORS), (behind, OPERATORS)]) == Run(2, 2)
+    assert common_run([(ahead, OPERATORS), ({}, OPERATORS)]) is None
+    assert common_run([]) is None
+
+
+@given(st.integers(1, 6), st.integers(0, 40), st.integers(0, 3))
+def test_what_is_kept_holds_every_window_that_ends_where_all_are(window: int, known: int, ahead: int) -> None:
+    steps = frozenset(range(known + ahead + 1))
+    kept = slots_to_keep(steps, known, window)
+    assert set(range(max(0, known - window + 1), known + ahead + 1)) == kept
+    assert len(kept) <= window + ahead
+
+
+def test_without_a_window_the_unbroken_row_stays() -> None:
+    assert slots_to_keep(frozenset({0, 1, 3, 4}), -1, 2) == {3, 4}
+    assert slots_to_keep(frozenset(), -1, 2) == frozenset()
