@@ -1,4 +1,3 @@
-# Signatures of csrc/bindings.cpp, kept in step by tests/extension/test_stub.py. The docstrings are on the objects.
 import os
 from types import TracebackType
 from typing import Literal, Self, TypeAlias

@@ -15,16 +15,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from megatron.moevement import arguments  # noqa: E402
-from megatron.moevement.config import (  # noqa: E402
+from megatron.moevement import arguments
+from megatron.moevement.config import (
     MIB,
     SparseCheckpointConfig,
     add_sparse_checkpoint_flags,
     config_from_namespace,
 )
-from megatron.moevement.errors import ConfigError, MoevementError, StoreError  # noqa: E402
-from megatron.moevement.events import EventLog  # noqa: E402
-from megatron.moevement.training_config import TrainingConfig  # noqa: E402
+from megatron.moevement.errors import ConfigError, MoevementError, StoreError
+from megatron.moevement.events import EventLog
+from megatron.moevement.training_config import TrainingConfig
 
 PROGRAM = "export_dense.py"
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from megatron.moevement.arguments import OneLineParser, refuse  # noqa: E402
-from megatron.moevement.errors import ConfigError  # noqa: E402
+from megatron.moevement.arguments import OneLineParser, refuse
+from megatron.moevement.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron.moevement.integration.corpus import CorpusSize

@@ -109,7 +109,11 @@ class SparseCheckpointManager:
         if self._config.fresh and restart_count() == 0:
             self._path.unlink(missing_ok=True)
             self._agreement.barrier()
-        found = find_store(self._path, self._identity, self._agreement)
+        path = None if self._config.dry_run else self._path
+        wanted = {**self._identity}
+        if self._config.window is not None:
+            wanted["--sparse-ckpt-window"] = self._config.window
+        found = find_store(path, wanted, self._agreement)
         choice = choose_source(found, self._state, self._agreement, self._config.digest, dense_step)
         self._events.emit("start", run=_run_list(choice), dense_step=choice.dense_step, reasons=choice.reasons)
         if choice.run is None:
@@ -286,7 +290,8 @@ class SparseCheckpointManager:
             )
             if not self._config.dry_run:
                 self._path.unlink(missing_ok=True)
-                content = {"identity": self._identity, "run_id": run_id, "operators": self._state.table.to_json()}
+                identity = {**self._identity, "--sparse-ckpt-window": self.plan.schedule.window}
+                content = {"identity": identity, "run_id": run_id, "operators": self._state.table.to_json()}
                 store = HostStore.create(self._path, content, memory.slots, memory.manifest_bytes, memory.data_bytes)
         except StoreError as error:
             problem = str(error)

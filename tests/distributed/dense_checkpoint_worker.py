@@ -27,15 +27,15 @@ quiet.quiet_core_warnings()
 cpu_backend.hide_cuda()
 cpu_backend.install()
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
+import torch
+import torch.distributed as dist
 
-from megatron.moevement.dense import directory as layout  # noqa: E402
-from megatron.moevement.integration import corpus as corpora  # noqa: E402
+from megatron.moevement.dense import directory as layout
+from megatron.moevement.integration import corpus as corpora
 from megatron.moevement.integration import distributed, state_digest, train_loop
-from megatron.moevement.integration.dense_checkpoint import find_dense, load_dense, save_dense  # noqa: E402
-from megatron.moevement.integration.job import TrainingJob, build_job  # noqa: E402
-from megatron.moevement.integration.optimizer_setup import inner_optimizers  # noqa: E402
+from megatron.moevement.integration.dense_checkpoint import find_dense, load_dense, save_dense
+from megatron.moevement.integration.job import TrainingJob, build_job
+from megatron.moevement.integration.optimizer_setup import inner_optimizers
 
 SAVED, LAST = 3, 5
 

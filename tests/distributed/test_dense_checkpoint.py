@@ -141,7 +141,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_failed_save_is_agreed_and_leaves_the_former_checkpoint(
     ranks: Ranks, corpus: list[str], tmp_path: Path, small_disk: Path
 ) -> None:
-    flags = [*"--num-layers 2 --disable-bias-linear --bf16 --global-batch-size 2 --use-distributed-optimizer".split(), *corpus]
+    flags = [
+        *"--num-layers 2 --disable-bias-linear --bf16 --global-batch-size 2 --use-distributed-optimizer".split(),
+        *corpus,
+    ]
     for found in ranks.run("fail", tmp_path, 2, flags):
         assert found["first"] and found["retry"] and found["again"]
         assert "delete old checkpoints" in found["too_small"]

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
 from megatron.moevement.config import SparseCheckpointConfig
+from megatron.moevement.errors import ConfigError, StoreError
 from megatron.moevement.events import EventLog
 from megatron.moevement.integration import distributed, state_digest, train_loop, training_log
 from megatron.moevement.integration.attach import SparseHooks, build_manager
+from megatron.moevement.integration.dense_checkpoint import SaveResult, find_dense, load_dense, save_dense
 from megatron.moevement.integration.job import TrainingJob, build_job
+from megatron.moevement.integration.operator_state import OperatorState
+from megatron.moevement.manager import SparseCheckpointManager
+from megatron.moevement.planning import describe
+from megatron.moevement.recovery.start import restart_count
+from megatron.moevement.report.progress import ProgressDisplay, ProgressSettings
+from megatron.moevement.report.tensorboard import TensorBoardScalars
 from megatron.moevement.training_config import TrainingConfig
+
+EXIT_PEER_LOST = 1
+# What gloo and NCCL say, in words, when another process is gone.
+_PEER_LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "Connection refused")
 
 
 def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
@@ -15,26 +31,193 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
 
     Raises:
         ConfigError, StoreError: something that the user can mend; the message says what.
+        SystemExit: status 1 after one line, if another rank is gone; the launcher restarts the job.
     """
     topology = distributed.start(config)
-    job = build_job(config, topology)
-    log = training_log.TrainingLog(config, topology.rank, train_loop.NoHooks())
-    history = _train_sparse(job, sparse, log) if sparse.enabled else train_loop.train(job, log)
+    try:
+        job = build_job(config, topology)
+        history = _train_sparse(job, sparse) if sparse.enabled else _train(job)
+        if config.state_digest is not None:
+            state_digest.write_state_digest(config.state_digest, job, history)
+        distributed.stop()
+    except RuntimeError as error:
+        if not any(text in str(error) for text in _PEER_LOST):
+            raise
+        print(f"rank {topology.rank}: another rank is gone ({_first_line(error)})", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_PEER_LOST) from None
+
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).split("\n")[0].split(". This is typically")[0][-120:]
+
+
+class DenseSaver:
+    """Hooks that write a dense checkpoint at `--save-interval` and `--sparse-ckpt-dense-interval`.
+
+    A save that fails is reported and training goes on; the next interval tries again.
+    """
+
+    def __init__(self, job: TrainingJob, intervals: tuple[int, ...], events: EventLog, inner: train_loop.Hooks) -> None:
+        self._job = job
+        self._intervals = tuple(interval for interval in intervals if interval)
+        self._events = events
+        self._inner = inner
+        self._saved_step: int | None = None
+
+    def before_forward(self, iteration: int) -> None:
+        """Nothing is saved here."""
+        self._inner.before_forward(iteration)
+
+    def before_optimizer_step(self, iteration: int) -> None:
+        """Nothing is saved here."""
+        self._inner.before_optimizer_step(iteration)
+
+    def after_optimizer_step(self, iteration: int, outcome: train_loop.IterationOutcome) -> None:
+        """Saves if an interval ends with this iteration."""
+        self._inner.after_optimizer_step(iteration, outcome)
+        if any((iteration + 1) % interval == 0 for interval in self._intervals):
+            self.save()
+
+    def save(self) -> bool:
+        """Saves `Step job.step` to `--save` unless that is there already; whether it is durable."""
+        directory = self._job.config.save
+        if directory is None:
+            return False
+        if self._saved_step == self._job.step:
+            return True
+        result: SaveResult = save_dense(self._job, directory)
+        self._events.emit(
+            "dense_save",
+            step=result.step,
+            ok=result.ok,
+            seconds=result.seconds,
+            nbytes=result.nbytes,
+            error=result.error,
+        )
+        if not result.ok and self._job.topology.rank == 0:
+            line = f"warning: dense checkpoint of step {result.step} failed, training goes on: {result.error}"
+            print(line, file=sys.stderr, flush=True)
+        if result.ok:
+            self._saved_step = result.step
+        return result.ok
+
+
+def _train(job: TrainingJob) -> list[train_loop.IterationOutcome]:
+    """Training without sparse checkpoints."""
+    log = training_log.TrainingLog(job.config, job.topology.rank, train_loop.NoHooks())
+    found = _newest_dense(job, also_save=False)
+    if found is not None:
+        _load(job, *found)
+    saver = DenseSaver(job, (job.config.save_interval or 0,), EventLog(None, job.topology.rank), log)
+    history = train_loop.train(job, saver)
+    saver.save()
     log.close()
-    if config.state_digest is not None:
-        state_digest.write_state_digest(config.state_digest, job, history)
-    distributed.stop()
+    return history
 
 
-def _train_sparse(
-    job: TrainingJob, sparse: SparseCheckpointConfig, log: train_loop.Hooks
-) -> list[train_loop.IterationOutcome]:
+def _train_sparse(job: TrainingJob, sparse: SparseCheckpointConfig) -> list[train_loop.IterationOutcome]:
+    """Training with a slot in every iteration."""
     events = EventLog(sparse.log_directory, job.topology.rank)
-    manager, _ = build_manager(job, sparse, events)
-    start = manager.start(None)
-    if job.topology.rank == 0:
-        print(f"start from {start.source} step {start.step} {start.conversion}", *start.reasons, sep="\n  ", flush=True)
-    history = train_loop.train(job, SparseHooks(job, manager, log))
-    manager.finish(durable=False)
+    close_reports = _listen(job, sparse, events)
+    manager, state = build_manager(job, sparse, events)
+    if sparse.dry_run:
+        _print_plan(job, sparse, manager, state)
+        return []
+    found = _newest_dense(job, also_save=restart_count() > 0)
+    start = manager.start(None if found is None else found[1])
+    intervals = (job.config.save_interval or 0, sparse.dense_interval)
+    saver = DenseSaver(job, intervals, events, train_loop.NoHooks())
+    if start.source == "dense" and found is not None:
+        _load(job, *found)
+    if start.source == "slots" and sparse.dense_after_recovery:
+        saver.save()
+    history = train_loop.train(job, SparseHooks(job, manager, saver))
+    durable = saver.save()
+    kept = manager.finish(durable)
+    close_reports()
+    if kept and job.topology.rank == 0:
+        print(f"slots kept in {sparse.job_directory} (remove them with the directory)", flush=True)
     events.close()
     return history
+
+
+def _newest_dense(job: TrainingJob, also_save: bool) -> tuple[str, int] | None:
+    """Directory and step of the newest dense checkpoint in `--load`, and in `--save` after a restart. Collective.
+
+    In a first start only `--load` counts, as in Megatron: `--save` may hold the checkpoints of another run.
+    """
+    candidates = []
+    for directory in {job.config.load, job.config.save if also_save else None} - {None}:
+        assert directory is not None
+        step = find_dense(directory).step
+        if step is not None:
+            candidates.append((step, str(directory)))
+        elif directory == job.config.load and job.topology.rank == 0:
+            print(f"--load {directory}: no dense checkpoint there", file=sys.stderr, flush=True)
+    if not candidates:
+        return None
+    step, directory = max(candidates)
+    return directory, step
+
+
+def _load(job: TrainingJob, directory: str, step: int) -> None:
+    """Loads the checkpoint of `step`, or the newest older one that isn't damaged.
+
+    Raises:
+        StoreError: all of them are damaged.
+    """
+    wanted: int | None = step
+    while wanted is not None:
+        try:
+            load_dense(job, directory, wanted)
+        except StoreError as error:
+            if job.topology.rank == 0:
+                print(f"warning: {error}; trying an older one", file=sys.stderr, flush=True)
+            wanted = find_dense(directory, before=wanted).step
+            continue
+        if job.topology.rank == 0:
+            print(f"dense checkpoint of step {wanted} loaded from {directory}", flush=True)
+        return
+    raise StoreError(f"--load {directory}: every dense checkpoint is damaged; choose another directory")
+
+
+def _listen(job: TrainingJob, sparse: SparseCheckpointConfig, events: EventLog) -> Callable[[], None]:
+    """Connects display and TensorBoard to the events of rank 0; returns what closes them."""
+    if job.topology.rank != 0:
+        return lambda: None
+    tokens = job.config.samples_per_iteration * job.config.seq_length
+    settings = ProgressSettings(job.config.train_iters, tokens, job.config.log_interval, sparse.progress)
+    display = ProgressDisplay(settings)
+    events.listen(display)
+    if job.config.tensorboard_dir is None:
+        return display.close
+    scalars = TensorBoardScalars(Path(job.config.tensorboard_dir), tokens)
+    events.listen(scalars)
+
+    def close() -> None:
+        display.close()
+        scalars.close()
+
+    return close
+
+
+def _print_plan(
+    job: TrainingJob, sparse: SparseCheckpointConfig, manager: SparseCheckpointManager, state: OperatorState
+) -> None:
+    """`--sparse-ckpt-dry-run`: trains as many iterations as `auto` needs to time, prints the plan, changes nothing."""
+    manager.start(None)
+    for chunk in job.chunks:
+        chunk.train()
+    hooks = SparseHooks(job, manager, train_loop.NoHooks())
+    while manager.plan is None:
+        if job.step >= job.config.train_iters:
+            raise ConfigError(
+                f"--sparse-ckpt-dry-run: {job.config.train_iters} iterations are too few to time for 'auto'; "
+                "force --sparse-ckpt-window or raise --train-iters"
+            )
+        train_loop.train_iteration(job, hooks)
+    if job.topology.rank == 0:
+        print("sparse checkpointing plan (rank 0)")
+        for line in describe(manager.plan, state, sparse, job.topology.world_size):
+            print("  " + line, flush=True)
+    manager.finish(durable=False)

@@ -40,8 +40,8 @@ def store_path(directory: Path, rank: int) -> Path:
     return directory / f"rank{rank:05d}.slots"
 
 
-def find_store(path: Path, identity: Mapping[str, Any], agreement: Agreement) -> Found:
-    """Opens the slots that an earlier worker of this rank left. Collective.
+def find_store(path: Path | None, identity: Mapping[str, Any], agreement: Agreement) -> Found:
+    """Opens the slots that an earlier worker of this rank left; `path` is None if none are wanted. Collective.
 
     Raises:
         StoreError: on all ranks, if on any rank the slots belong to another model, layout or format: a person must
@@ -49,9 +49,9 @@ def find_store(path: Path, identity: Mapping[str, Any], agreement: Agreement) ->
     """
     store, problem, refusal = None, "", ""
     try:
-        store = HostStore.open(path) if path.exists() else None
+        store = HostStore.open(path) if path is not None and path.exists() else None
         problem = "" if store else "no slots"
-        if store is not None:
+        if store is not None and path is not None:
             refusal = _mismatch(path, store.content["identity"], identity)
     except SlotInvalid as error:
         problem = f"damaged slots: {error}"
@@ -64,7 +64,7 @@ def find_store(path: Path, identity: Mapping[str, Any], agreement: Agreement) ->
 
 
 def _mismatch(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    for key in sorted({*stored, *wanted}):
+    for key in sorted(wanted):
         if stored.get(key) != wanted.get(key):
             what = "the model" if key == "operators" else key
             detail = "" if key == "operators" else f": {stored.get(key)} then, {wanted.get(key)} now"
