@@ -2,9 +2,9 @@
 
     python scripts/demo.py [--iters 24] [--kills 3] [--seed 1] [--output runs/demo] [--keep]
 
-The second run takes a sparse snapshot in every iteration and recovers from its snapshots. At the end every tensor of the
-training state and every iteration's loss and gradient norm must be bitwise equal to those of the first run, which nobody
-disturbed; the exit status is 1 if anything differs. Everything runs on the CPU, in four processes.
+The second run takes a sparse snapshot in every iteration and recovers from its snapshots. At the end every tensor of
+the training state and every iteration's loss and gradient norm must be bitwise equal to those of the first run, which
+nobody disturbed; the exit status is 1 if anything differs. Everything runs on the CPU, in four processes.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from megatron.moevement import argument_checks
 from megatron.moevement.argument_checks import UsageError
-from megatron.moevement.errors import ConfigError
+from megatron.moevement.errors import ConfigError, StoreError
 from megatron.moevement.training_config import FlagSpec, TrainingConfig, field_specs, flag_name
 
 PROGRAM = "pretrain_gpt.py"
@@ -36,10 +36,11 @@ class OneLineParser(argparse.ArgumentParser):
 def refuse(program: str, message: object, environ: Mapping[str, str] = os.environ) -> NoReturn:
     """Print one error line and exit with status 2.
 
-    What every rank finds (a text, a `ConfigError`) is printed by rank 0; any other error by each rank that has it.
+    What every rank finds or agrees on (a text, a `ConfigError`, a `StoreError`) is printed by rank 0; any other error
+    by each rank that has it.
     """
     rank = environ.get("RANK", "0")
-    found_by_all = isinstance(message, (str, ConfigError))
+    found_by_all = isinstance(message, (str, ConfigError, StoreError))
     if rank == "0" or not found_by_all:
         line = " ".join(str(message).split())
         where = "" if rank == "0" else f" rank {rank}:"

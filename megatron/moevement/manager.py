@@ -4,7 +4,7 @@ import itertools
 import statistics
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from megatron.moevement.schedule.window import divide, slot_bytes
 from megatron.moevement.snapshot.bandwidth import measure_bandwidth
 from megatron.moevement.snapshot.capture import Capture
 from megatron.moevement.store.committer import Committed, Committer
-from megatron.moevement.store.host_store import HostStore
+from megatron.moevement.store.host_store import HostStore, discard
 from megatron.moevement.store.memory_plan import check_room
 from megatron.moevement.types import IterationRecord, Presence
 from moevement_ext import CopyEngine
@@ -107,8 +107,7 @@ class SparseCheckpointManager:
             RecoveryError: the replay wasn't exact.
         """
         if self._config.fresh and restart_count() == 0:
-            self._path.unlink(missing_ok=True)
-            self._agreement.barrier()
+            self._together(lambda: discard(self._path))
         path = None if self._config.dry_run else self._path
         wanted = {**self._identity}
         if self._config.window is not None:
@@ -276,41 +275,49 @@ class SparseCheckpointManager:
     def _adopt(self, measured: Measured | None, window: int | None) -> None:
         """Makes the plan and takes its memory, on all ranks or on none."""
         self.plan = make_plan(self._config, self._state, self._agreement, measured, window)
-        memory, problem, store = self.plan.memory, "", None
-        existing = self._path.stat().st_size if self._path.exists() else 0
+        memory, config = self.plan.memory, self._config
+        existing = sum(self._agreement.gather(self._path.stat().st_size if self._path.exists() else 0))
+        ranks = self._surroundings.ranks_on_node
+        # All ranks look at the free space before the first of them takes any.
+        self._together(lambda: check_room(memory, config.host_memory_gib, config.job_directory, ranks, existing))
+        if config.dry_run:
+            return
         run_id = self._agreement.gather(uuid.uuid4().hex)[0]
+        created: list[HostStore] = []
         try:
-            existing_all = sum(self._agreement.gather(existing))
-            check_room(
-                memory,
-                self._config.host_memory_gib,
-                self._config.job_directory,
-                self._surroundings.ranks_on_node,
-                existing_all,
-            )
-            if not self._config.dry_run:
-                self._path.unlink(missing_ok=True)
-                identity = {**self._identity, "--sparse-ckpt-window": self.plan.schedule.window}
-                content = {"identity": identity, "run_id": run_id, "operators": self._state.table.to_json()}
-                store = HostStore.create(self._path, content, memory.slots, memory.manifest_bytes, memory.data_bytes)
+            self._together(lambda: created.append(self._create_store(run_id)))
+        except StoreError:
+            for store in created:
+                store.remove()
+            raise
+        self._engine.register_host(created[0].address, created[0].nbytes)
+        self._use(created[0], self.plan.schedule, self._first_step)
+        self._events.emit("plan", window=self.plan.schedule.window, memory_bytes=memory.total_bytes)
+
+    def _create_store(self, run_id: str) -> HostStore:
+        assert self.plan is not None
+        memory = self.plan.memory
+        identity = {**self._identity, "--sparse-ckpt-window": self.plan.schedule.window}
+        content = {"identity": identity, "run_id": run_id, "operators": self._state.table.to_json()}
+        discard(self._path)
+        return HostStore.create(self._path, content, memory.slots, memory.manifest_bytes, memory.data_bytes)
+
+    def _together(self, action: Callable[[], None]) -> None:
+        """Does `action` on this rank; a StoreError on any rank is raised on all of them, so that none waits."""
+        problem = ""
+        try:
+            action()
         except StoreError as error:
             problem = str(error)
         problems = [text for text in self._agreement.gather(problem) if text]
         if problems:
-            if store is not None:
-                store.remove()
             raise StoreError(problems[0])
-        if store is not None:
-            self._engine.register_host(store.address, store.nbytes)
-            self._use(store, self.plan.schedule, self._first_step)
-            self._events.emit("plan", window=self.plan.schedule.window, memory_bytes=memory.total_bytes)
 
     def _use(self, store: HostStore, schedule: SlotSchedule, step: int) -> None:
         assert self.plan is not None
         self._store, self._schedule = store, schedule
         self._capture = Capture(self._state, store, self._engine, self._agreement.rank, store.content["run_id"])
         self._committer = Committer(store, self._config.digest, self._on_committed)
-        # One window more than the bound: an order that was interrupted by a start counts from there.
         self._age = SnapshotAge(self._state.table.names, max(self.plan.longest_run, schedule.window), step)
 
     def _on_committed(self, slot: Committed) -> None:

@@ -63,7 +63,7 @@ def addresses(job: TrainingJob) -> dict[str, int]:
 
 def save(job: TrainingJob, folder: Path) -> dict[str, Any]:
     """Train, save, train on."""
-    train_to(job, SAVED)
+    first = train_to(job, SAVED)
     before = digest(job)
     result = save_dense(job, folder / "save")
     at_saved = digest(job)
@@ -72,8 +72,9 @@ def save(job: TrainingJob, folder: Path) -> dict[str, Any]:
         "ok": result.ok,
         "error": result.error,
         "nbytes": result.nbytes,
-        "undisturbed": before == at_saved,
+        "disturbed": [name for name, value in before.items() if at_saved.get(name) != value],
         "saved": at_saved,
+        "first": first,
         "final": digest(job),
         "history": history,
     }

@@ -9,12 +9,14 @@ one; each write is local, and after it all ranks agree on whether it went well. 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
@@ -22,7 +24,6 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as core_torch
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -114,6 +115,7 @@ def load_dense(job: TrainingJob, directory: Path | str, step: int) -> None:
         raise RecoveryError(f"{path}: {_one_line(error)}; the state is lost, load another checkpoint") from error
     for number, chunk in enumerate(dense_state.bare_chunks(job)):
         chunk.load_state_dict(loaded[_model_key(job, number)], strict=True)
+    dense_state.complete_steps(loaded["optimizer"])
     job.optimizer.load_state_dict(loaded["optimizer"])
     kept.put_back()
     job.reset_temporary_state()
@@ -141,7 +143,9 @@ def _save(job: TrainingJob, save: Path, step: int) -> int:
     def write_common() -> None:
         layout.prepare(save, step)
         layout.check_space(partial, required)
-        TorchCommonSaveStrategy("torch", 1).save_common(common, partial)
+        content = io.BytesIO()
+        torch.save(common, content)
+        (partial / layout.COMMON).write_bytes(content.getbuffer())
         layout.sync(partial / layout.COMMON)
 
     _together(rank == 0, write_common)
@@ -160,6 +164,19 @@ def _save(job: TrainingJob, save: Path, step: int) -> int:
     return sum(entry.nbytes for entry in files.values())
 
 
+class _ShardWriter(FileSystemWriter):
+    """Torch's writer, with the operating system's reason for a failed write instead of the archive's symptom."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            reason: BaseException | None = error
+            while reason is not None and not isinstance(reason, OSError):
+                reason = reason.__cause__ or reason.__context__
+            raise (reason or error) from None
+
+
 def _write_shards(sharded: Any, partial: Path) -> None:
     """Every rank writes its shards into one file and syncs it; a failure on any rank is raised on all."""
     # Core has no public way from its sharded tensors to those of torch's writer.
@@ -167,7 +184,7 @@ def _write_shards(sharded: Any, partial: Path) -> None:
     try:
         save_shards(
             core_torch.mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=FileSystemWriter(partial, sync_files=True),
+            storage_writer=_ShardWriter(partial, sync_files=True),
             planner=core_torch.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
     except CheckpointException as error:

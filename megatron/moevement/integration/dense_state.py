@@ -80,6 +80,15 @@ def create_moments(job: TrainingJob) -> None:
                 }
 
 
+def complete_steps(optimizer_state: dict[Any, Any]) -> None:
+    """Gives a loaded state of a non-distributed optimizer the common Adam step that core leaves out where it is 0."""
+    parts = [optimizer_state] if "optimizer" in optimizer_state else list(optimizer_state.values())
+    for part in parts:
+        states = part["optimizer"].get("state") if isinstance(part, dict) and "optimizer" in part else None
+        if isinstance(states, dict):
+            states.setdefault("common_step", torch.tensor(0.0))
+
+
 def smallest_ownership(job: TrainingJob) -> tuple[int, int]:
     """Fewest parameters that this rank owns a part of, in any inner distributed optimizer and in any bucket."""
     whole, buckets = [], []

@@ -64,9 +64,10 @@ def find_store(path: Path | None, identity: Mapping[str, Any], agreement: Agreem
 
 
 def _mismatch(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    for key in sorted(wanted):
+    # The operators last: a flag says better what has changed.
+    for key in sorted(wanted, key=lambda key: (key == "operators", key)):
         if stored.get(key) != wanted.get(key):
-            what = "the model" if key == "operators" else key
+            what = "model" if key == "operators" else key
             detail = "" if key == "operators" else f": {stored.get(key)} then, {wanted.get(key)} now"
             return (
                 f"{path}: the slots were written with another {what}{detail}; restore it, choose another "

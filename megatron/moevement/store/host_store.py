@@ -242,6 +242,18 @@ class HostStore:
         self.path.unlink(missing_ok=True)
 
 
+def discard(path: Path) -> None:
+    """Deletes a store file if there is one.
+
+    Raises:
+        StoreError: it can't be deleted.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StoreError(_creation_message(path, 0, error)) from error
+
+
 def _creation_message(path: Path, nbytes: int, error: OSError) -> str:
     needed = f"{nbytes / (1 << 30):.2f} GiB"
     if error.errno in (errno.ENOSPC, errno.ENOMEM):

@@ -130,7 +130,7 @@ def test_an_unwritable_place_is_an_os_error_and_nothing_is_lost(
     assert (tmp_path / "iter_0000004" / "common.pt").read_text() == "old"
     assert directory.newest_complete(tmp_path).step == 4
     (tmp_path / "a_file").write_text("")
-    with pytest.raises(OSError):
+    with pytest.raises(FileExistsError):
         directory.prepare(tmp_path / "a_file", 1)
 
 
