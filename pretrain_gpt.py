@@ -6,7 +6,7 @@ import sys
 
 from megatron.moevement import arguments
 from megatron.moevement.config import SparseCheckpointConfig, add_sparse_checkpoint_flags, config_from_namespace
-from megatron.moevement.errors import ConfigError, StoreError
+from megatron.moevement.errors import MoevementError
 from megatron.moevement.training_config import TrainingConfig
 
 
@@ -15,7 +15,7 @@ def main() -> int:
     config, namespace = arguments.parse(extra=add_sparse_checkpoint_flags)
     try:
         run(config, config_from_namespace(namespace))
-    except (ConfigError, StoreError) as error:
+    except MoevementError as error:
         arguments.refuse(arguments.PROGRAM, error)
     return 0
 
@@ -24,7 +24,7 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
     """Build everything and train.
 
     Raises:
-        ConfigError, StoreError: something that the user can mend; the message names the flag or file.
+        MoevementError: something that the user can mend; the message names the flag or file.
     """
     # The CPU backend stands before megatron.core: core fuses functions when it is imported.
     from megatron.moevement.integration import cpu_backend, quiet

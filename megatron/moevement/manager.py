@@ -89,7 +89,7 @@ class SparseCheckpointManager:
         self._loadable = self._loadable_everywhere = -1
         self._iteration_starts: list[float] = []
         self._first_step = 0
-        self._slot_bytes, self._stall_seconds = 0, 0.0
+        self._slot_bytes, self._stall_seconds, self._fence_started_time = 0, 0.0, 0.0
         self.plan: SparsePlan | None = None
         self.failed_slots = 0
 
@@ -154,6 +154,7 @@ class SparseCheckpointManager:
             compared=conversion.compared,
             different=conversion.different,
             seconds=conversion.seconds,
+            **_schedule_fields(schedule),
         )
         return StartPoint("slots", run.last, conversion, choice.reasons)
 
@@ -191,7 +192,7 @@ class SparseCheckpointManager:
         """The fence: returns when every copy of the slot has been read from the device."""
         if self._capture is None or self._committer is None:
             return
-        started = time.perf_counter()
+        started, self._fence_started_time = time.perf_counter(), time.time()
         try:
             copied, _ = self._capture.fence()
         except MoevementError as error:
@@ -225,7 +226,9 @@ class SparseCheckpointManager:
             "seconds": time.perf_counter() - self._iteration_starts[-1] if self._iteration_starts else 0.0,
             "slot_bytes": self._slot_bytes,
             "stall_seconds": self._stall_seconds,
+            "fence_started_time": self._fence_started_time,
             "oldest_age_steps": age,
+            "oldest_age_bound_steps": self._age.bound if self._age is not None else 0,
             "oldest_operator": oldest,
             "window": window,
             "window_index": self._schedule.index(record.iteration) if self._schedule is not None else 0,
@@ -292,7 +295,7 @@ class SparseCheckpointManager:
             raise
         self._engine.register_host(created[0].address, created[0].nbytes)
         self._use(created[0], self.plan.schedule, self._first_step)
-        self._events.emit("plan", window=self.plan.schedule.window, memory_bytes=memory.total_bytes)
+        self._events.emit("plan", **_schedule_fields(self.plan.schedule), memory_bytes=memory.total_bytes)
 
     def _create_store(self, run_id: str) -> HostStore:
         assert self.plan is not None
@@ -323,12 +326,19 @@ class SparseCheckpointManager:
     def _on_committed(self, slot: Committed) -> None:
         """Runs on the committer's thread."""
         if slot.error:
-            self._slot_failed(slot.step, slot.error)
+            self._slot_failed(slot.slot.lease.step, slot.error)
             return
         assert self._store is not None
         run = newest_run(self._store.committed, self._state.table.names)
         self._loadable = run.last if run is not None else -1
-        self._events.emit("slot", step=slot.step, data_bytes=slot.nbytes, digest_seconds=slot.digest_seconds)
+        self._events.emit(
+            "slot",
+            step=slot.slot.lease.step,
+            data_bytes=slot.slot.data_bytes,
+            digest_seconds=slot.digest_seconds,
+            copy_started_time=slot.slot.copy_started_time,
+            copy_seconds=slot.slot.copy_seconds,
+        )
 
     def _slot_failed(self, step: int, why: str) -> None:
         """A failed save never ends training: counted, reported, and the next iteration tries again."""
@@ -368,7 +378,14 @@ class SparseCheckpointManager:
         if groups != schedule.groups and not too_large:
             self._schedule, self._counts = SlotSchedule(groups, schedule.mode), counts
         if groups != schedule.groups:
-            self._events.emit("reorder", step=step, refused=bool(too_large))
+            self._events.emit("reorder", step=step, refused=bool(too_large), **_schedule_fields(self._schedule))
+
+
+def _schedule_fields(schedule: SlotSchedule | None) -> dict[str, Any]:
+    """What events say of a schedule."""
+    if schedule is None:
+        return {}
+    return {"window": schedule.window, "window_mode": schedule.mode, "groups": schedule.groups}
 
 
 def _run_list(choice: Choice) -> list[int] | None:

@@ -223,3 +223,50 @@ def test_an_unusable_directory_is_refused(lab: Lab, tmp_path: Path) -> None:
     outcome = sparse_job(lab, tmp_path / "out", tmp_path / "file").run()
     assert outcome.statuses == [2] and "--sparse-ckpt-dir" in outcome.output, outcome.output
     assert "Traceback" not in outcome.output
+
+
+def test_total_loss_falls_back_to_the_dense_checkpoint(lab: Lab, tmp_path: Path, shared_memory: Path) -> None:
+    save = tmp_path / "dense"
+    job = sparse_job(lab, tmp_path, shared_memory, "--save", str(save), "--save-interval", "4")
+    job.faults.append({**KILL, "iteration": 7})
+    job.between = lambda _generation: shutil.rmtree(shared_memory / "job")
+    outcome = job.run()
+    assert_exact(lab, outcome)
+    assert first_iteration(outcome) == 4
+    assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == "9"
+    assert not (shared_memory / "job" / "rank00000.slots").exists(), "the last step is durable, the slots are removed"
+
+
+def test_killed_in_a_dense_save(lab: Lab, tmp_path: Path, shared_memory: Path) -> None:
+    save = tmp_path / "dense"
+    job = sparse_job(lab, tmp_path, shared_memory, "--save", str(save), "--save-interval", "6")
+    job.faults.append({"point": "dense_save", "rank": 1, "iteration": 6})
+    assert_exact(lab, job.run())
+    assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == "9"
+
+
+def test_a_dense_checkpoint_continues_another_run(lab: Lab, tmp_path: Path, shared_memory: Path) -> None:
+    save = tmp_path / "dense"
+    first = sparse_job(lab, tmp_path / "one", shared_memory, "--save", str(save), "--exit-interval", "5").run()
+    assert first.ok, first.output
+    second = sparse_job(lab, tmp_path / "two", shared_memory, "--load", str(save)).run()
+    assert_exact(lab, second)
+    assert first_iteration(second) == 5
+
+
+def test_a_dense_save_without_space_does_not_end_training(
+    lab: Lab, tmp_path: Path, shared_memory: Path, tiny_tmpfs: Path
+) -> None:
+    outcome = sparse_job(lab, tmp_path / "out", shared_memory, "--save", str(tiny_tmpfs), "--save-interval", "3").run()
+    assert_exact(lab, outcome)
+    assert "training goes on" in outcome.output
+    assert (shared_memory / "job" / "rank00000.slots").exists(), "not durable: the slots stay"
+
+
+def test_the_plan_is_printed_and_nothing_else_happens(lab: Lab, tmp_path: Path, shared_memory: Path) -> None:
+    flags = sparse_flags(shared_memory, "job", "auto", "fixed", "--sparse-ckpt-dry-run")
+    outcome = lab.job(SCENARIO, tmp_path, flags).run()
+    assert outcome.ok, outcome.output
+    for word in ("operators", "window", "slot data", "host memory", "a recovery", "measured"):
+        assert word in outcome.output
+    assert not list(shared_memory.rglob("*.slots"))

@@ -90,6 +90,7 @@ def save_dense(job: TrainingJob, directory: Path | str) -> SaveResult:
         nbytes, error = 0, str(failure)
         if job.topology.rank == 0:
             layout.discard(save, step)
+        _gather(None)  # nobody goes on before the rest of it is gone
     return SaveResult(step, not error, time.perf_counter() - started, nbytes, error)
 
 
@@ -179,8 +180,10 @@ class _ShardWriter(FileSystemWriter):
 
 def _write_shards(sharded: Any, partial: Path) -> None:
     """Every rank writes its shards into one file and syncs it; a failure on any rank is raised on all."""
-    # Core has no public way from its sharded tensors to those of torch's writer.
-    by_key, _, _ = core_torch._replace_state_dict_keys_with_sharded_keys(sharded, True)
+    by_key: dict[str, list[Any]] = {}
+    for part in nested_values(sharded):
+        if is_main_replica(part.replica_id):
+            by_key.setdefault(part.unique_key if isinstance(part, ShardedObject) else part.key, []).append(part)
     try:
         save_shards(
             core_torch.mcore_to_pyt_state_dict(by_key, False),

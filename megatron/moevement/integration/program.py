@@ -119,6 +119,16 @@ def _train_sparse(job: TrainingJob, sparse: SparseCheckpointConfig) -> list[trai
     """Training with a slot in every iteration."""
     events = EventLog(sparse.log_directory, job.topology.rank)
     close_reports = _listen(job, sparse, events)
+    try:
+        return _train_with_manager(job, sparse, events)
+    finally:
+        close_reports()
+        events.close()
+
+
+def _train_with_manager(
+    job: TrainingJob, sparse: SparseCheckpointConfig, events: EventLog
+) -> list[train_loop.IterationOutcome]:
     manager, state = build_manager(job, sparse, events)
     if sparse.dry_run:
         _print_plan(job, sparse, manager, state)
@@ -134,10 +144,8 @@ def _train_sparse(job: TrainingJob, sparse: SparseCheckpointConfig) -> list[trai
     history = train_loop.train(job, SparseHooks(job, manager, saver))
     durable = saver.save()
     kept = manager.finish(durable)
-    close_reports()
     if kept and job.topology.rank == 0:
         print(f"slots kept in {sparse.job_directory} (remove them with the directory)", flush=True)
-    events.close()
     return history
 
 

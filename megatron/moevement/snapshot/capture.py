@@ -26,6 +26,7 @@ class _UnderWay:
     record: IterationRecord | None
     adam_steps: dict[str, tuple[float, ...]]
     ticket: int
+    submitted_time: float
 
 
 class Capture:
@@ -74,6 +75,7 @@ class Capture:
             self._store.abandon(lease)
             raise MoevementError("the training state's pieces don't have the sizes of the operator table")
         try:
+            submitted = time.time()
             ticket = self._engine.submit(
                 np.array([address for address, _ in sources], dtype=np.uint64),
                 np.array(offsets, dtype=np.uint64) + np.uint64(lease.data_address),
@@ -84,7 +86,7 @@ class Capture:
             self._store.abandon(lease)
             raise MoevementError(f"copy engine: {error}") from error
         adam_steps = {name: self._state.adam_steps(name) for name in spec.full}
-        self._under_way = _UnderWay(spec, lease, layout, start, record, adam_steps, ticket)
+        self._under_way = _UnderWay(spec, lease, layout, start, record, adam_steps, ticket, submitted)
         return layout.nbytes
 
     def fence(self) -> tuple[CopiedSlot | None, float]:
@@ -121,7 +123,16 @@ class Capture:
             digests={},
         )
         regions = tuple((r.name, r.offset, r.nbytes) for r in layout)
-        return CopiedSlot(under_way.lease, manifest, regions, layout.nbytes), time.perf_counter() - started
+        copy = self._engine.stats(under_way.ticket)
+        copied = CopiedSlot(
+            under_way.lease,
+            manifest,
+            regions,
+            layout.nbytes,
+            under_way.submitted_time + copy.queue_seconds,
+            copy.copy_seconds,
+        )
+        return copied, time.perf_counter() - started
 
     def cancel(self) -> None:
         """Drops the slot under way, if any."""

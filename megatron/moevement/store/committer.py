@@ -15,21 +15,23 @@ from megatron.moevement.store.host_store import HostStore, SlotLease
 class CopiedSlot:
     """A slot whose data is complete in host memory.
 
-    `regions` are (name, offset, bytes) in the data area; `data_bytes` is the area's used length.
+    `regions` are (name, offset, bytes) in the data area; `data_bytes` is the area's used length. The copy began at
+    `copy_started_time` (seconds since the epoch) and took `copy_seconds`.
     """
 
     lease: SlotLease
     manifest: Manifest
     regions: tuple[tuple[str, int, int], ...]
     data_bytes: int
+    copy_started_time: float = 0.0
+    copy_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Committed:
     """What the committer reports of one slot; `error` is empty if the slot is committed."""
 
-    step: int
-    nbytes: int
+    slot: CopiedSlot
     digest_seconds: float
     error: str = ""
 
@@ -83,5 +85,5 @@ class Committer:
         try:
             self._store.commit(slot.lease, replace(slot.manifest, digests=digests), slot.data_bytes)
         except SlotInvalid as error:
-            return Committed(slot.lease.step, 0, seconds, str(error))
-        return Committed(slot.lease.step, slot.data_bytes, seconds)
+            return Committed(slot, seconds, str(error))
+        return Committed(slot, seconds)

@@ -33,7 +33,7 @@ def test_a_captured_slot_holds_the_state_of_its_step(tmp_path: Path) -> None:
         state.fill(step + 100)  # the optimizer step writes right behind the fence
         committer.submit(copied)
     committer.close()
-    assert [c.step for c in done] == [0, 1, 2] and not any(c.error for c in done)
+    assert [c.slot.lease.step for c in done] == [0, 1, 2] and not any(c.error for c in done)
     reader = SlotReader(store, table, 0, digest=True)
     assert set(reader.verified()[0]) == {0, 1, 2}
     for step in range(3):

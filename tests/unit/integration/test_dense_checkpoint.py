@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
+pytestmark = pytest.mark.distributed
 WORKER = ROOT / "tests" / "distributed" / "dense_checkpoint_worker.py"
 MODEL = """--use-cpu --hidden-size 32 --num-attention-heads 2 --seq-length 32 --num-experts 4 --moe-router-topk 2
  --micro-batch-size 1 --train-iters 8 --lr 1e-2 --lr-warmup-iters 3 --lr-decay-style cosine --clip-grad 0.5
