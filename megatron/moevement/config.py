@@ -88,6 +88,13 @@ class SparseCheckpointConfig:
         "Order again when at least this fraction of experts has changed (paper section 3.2).",
         unit="fraction",
     )
+    reorder_windows: int = _knob(
+        4,
+        "--sparse-ckpt-reorder-windows",
+        "Least number of windows between two changes of order. Right behind a change a recovery loads up to 2W-1 slots "
+        "instead of W in rolling mode, and the shares of few tokens are noise.",
+        unit="windows",
+    )
     directory: Path = _knob(
         Path("/dev/shm/moevement"),
         "--sparse-ckpt-dir",
@@ -177,7 +184,8 @@ class SparseCheckpointConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, low in (("max_window", 1), ("measure_iterations", 2), ("chunk_mib", 1), ("chunks_in_flight", 1)):
+        lowest = {"max_window": 1, "measure_iterations": 2, "reorder_windows": 1, "chunk_mib": 1, "chunks_in_flight": 1}
+        for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ConfigError(f"{flag_of(name)} {getattr(self, name)}: must be at least {low}")
         for name in ("host_memory_gib", "bandwidth_gib_per_second", "dense_interval"):

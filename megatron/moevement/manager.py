@@ -88,7 +88,8 @@ class SparseCheckpointManager:
         self._counts: dict[str, int] = {}
         self._loadable = self._loadable_everywhere = -1
         self._iteration_starts: list[float] = []
-        self._first_step = 0
+        # The first order by popularity may come with the first window; `_ordered_at` is then far in the past.
+        self._first_step, self._ordered_at = 0, -(1 << 62)
         self._slot_bytes, self._stall_seconds, self._fence_started_time = 0, 0.0, 0.0
         self.plan: SparsePlan | None = None
         self.failed_slots = 0
@@ -145,7 +146,7 @@ class SparseCheckpointManager:
         for step, spec in specs.items():
             if self._age is not None and step < run.last:
                 self._age.note(step, spec.full)
-        self._record = reader.manifest(run.last).record
+        self._record, self._ordered_at = reader.manifest(run.last).record, run.last
         self._loadable = self._loadable_everywhere = run.last
         self._events.emit(
             "recovery_finished",
@@ -369,14 +370,15 @@ class SparseCheckpointManager:
             return
         counts = self._state.popularity()
         groups = schedule.groups
-        if should_reorder(self._counts, counts, config.reorder_change, config.reorder_share):
+        due = step - self._ordered_at >= config.reorder_windows * schedule.window
+        if due and should_reorder(self._counts, counts, config.reorder_change, config.reorder_share):
             order = capture_order(self._state.table, counts)
             groups = divide(self._state.table, order, schedule.window, schedule.mode)
         worst = max(slot_bytes(self._state.table, groups, schedule.mode))
         # All or none: data-parallel replicas must freeze the same operators in a replay.
         too_large = self._agreement.maximum([float(worst > max(self.plan.slot_bytes) + self.plan.spare_bytes)])[0]
         if groups != schedule.groups and not too_large:
-            self._schedule, self._counts = SlotSchedule(groups, schedule.mode), counts
+            self._schedule, self._counts, self._ordered_at = SlotSchedule(groups, schedule.mode), counts, step
         if groups != schedule.groups:
             self._events.emit("reorder", step=step, refused=bool(too_large), **_schedule_fields(self._schedule))
 
