@@ -224,16 +224,18 @@ def file_length(sources: Sequence[Source]) -> Iterator[Violation]:
             yield Violation(source.path, lines, source.path, f"has {lines} lines, {FILE_LINES_LIMIT} is the limit")
 
 
-def _functions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef, bool]]:
+def _functions(
+    tree: ast.AST, prefix: str = "", method: bool = False
+) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef, bool]]:
     """Every function with its qualified name, and whether it is a method."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield prefix + node.name, node, isinstance(tree, ast.ClassDef)
+            yield prefix + node.name, node, method
             yield from _functions(node, f"{prefix}{node.name}.")
         elif isinstance(node, ast.ClassDef):
-            yield from _functions(node, f"{prefix}{node.name}.")
+            yield from _functions(node, f"{prefix}{node.name}.", method=True)
         else:
-            yield from _functions(node, prefix)
+            yield from _functions(node, prefix, method)
 
 
 def function_length(sources: Sequence[Source]) -> Iterator[Violation]:
@@ -295,8 +297,8 @@ def broad_excepts(sources: Sequence[Source]) -> Iterator[Violation]:
                 raised = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
                 if _broad(node.type) and not raised:
                     yield Violation(source.path, node.lineno, source.path, "swallows every exception")
-            elif isinstance(node, ast.Call) and _dotted(node.func).split(".")[-1] == "suppress":
-                if any(_broad(argument) for argument in node.args):
+            elif isinstance(node, ast.Call) and _dotted(node.func) in ("contextlib.suppress", "suppress"):
+                for _ in filter(_broad, node.args):
                     yield Violation(source.path, node.lineno, source.path, "suppresses every exception")
 
 
@@ -316,30 +318,41 @@ def mirrors(sources: Sequence[Source]) -> Iterator[Violation]:
     """Each module of the package has its mirror test."""
     paths = {source.path for source in sources}
     for path in sorted(paths):
-        if path.startswith(PACKAGE) and path.endswith(".py") and not path.endswith("/__init__.py"):
-            if mirror_of(path) not in paths:
-                yield Violation(path, 1, path, f"has no {mirror_of(path)}")
+        module = path.startswith(PACKAGE) and path.endswith(".py") and not path.endswith("/__init__.py")
+        if module and mirror_of(path) not in paths:
+            yield Violation(path, 1, path, f"has no {mirror_of(path)}")
 
 
 def docstrings(sources: Sequence[Source]) -> Iterator[Violation]:
-    """Every public module, class, function and method of the product says what it is."""
+    """Every public module, class, function and method of the product says what it is; a protocol says it for its
+    implementations."""
+    declared = frozenset(name for source in _product(sources) for name in _protocol_methods(source))
     for source in _product(sources):
         if not source.path.endswith(".py"):
             continue
         if not ast.get_docstring(source.tree):
             yield Violation(source.path, 1, source.path, "the module has no docstring")
-        yield from _undocumented(source, source.tree, "")
+        yield from _undocumented(source, source.tree, "", declared)
 
 
-def _undocumented(source: Source, scope: ast.Module | ast.ClassDef, prefix: str) -> Iterator[Violation]:
+def _protocol_methods(source: Source) -> Iterator[str]:
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.ClassDef) and any(_dotted(base).split(".")[-1] == "Protocol" for base in node.bases):
+            methods = (inner for inner in node.body if isinstance(inner, ast.FunctionDef))
+            yield from (method.name for method in methods if ast.get_docstring(method))
+
+
+def _undocumented(
+    source: Source, scope: ast.Module | ast.ClassDef, prefix: str, declared: frozenset[str]
+) -> Iterator[Violation]:
     for node in scope.body:
         if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("_"):
             continue
         name = prefix + node.name
-        if not ast.get_docstring(node):
+        if not ast.get_docstring(node) and not (prefix and node.name in declared):
             yield Violation(source.path, node.lineno, f"{source.path}:{name}", f"{name} has no docstring")
         if isinstance(node, ast.ClassDef):
-            yield from _undocumented(source, node, f"{name}.")
+            yield from _undocumented(source, node, f"{name}.", declared)
 
 
 def _matches(sources: Sequence[Source], pattern: re.Pattern[str], text: str) -> Iterator[Violation]:
