@@ -355,7 +355,7 @@ def parse(argv: Sequence[str] | None) -> Demo:
     args = parser.parse_args(argv)
     if args.iters < 2 * WINDOW or args.kills < 0:
         parser.error(f"--iters must be at least {2 * WINDOW} and --kills at least 0")
-    slots = SparseCheckpointConfig(name=f"demo-{uuid.uuid4().hex[:12]}")
+    slots = SparseCheckpointConfig(enabled=True, name=f"demo-{uuid.uuid4().hex[:12]}")
     return Demo(args.iters, args.kills, args.seed, args.output.resolve(), args.keep, slots)
 
 

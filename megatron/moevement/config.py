@@ -184,6 +184,9 @@ class SparseCheckpointConfig:
     )
 
     def __post_init__(self) -> None:
+        changed = [knob.name for knob in fields(self) if getattr(self, knob.name) != knob.default]
+        if changed and not self.enabled:
+            raise ConfigError(f"{flag_of(changed[0])} does nothing without --sparse-ckpt: add it")
         lowest = {"max_window": 1, "measure_iterations": 2, "reorder_windows": 1, "chunk_mib": 1, "chunks_in_flight": 1}
         for name, low in lowest.items():
             if getattr(self, name) < low:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron.moevement.errors import ConfigError
+
 Listener = Callable[[dict[str, Any]], None]
 
 
@@ -18,6 +20,9 @@ class EventLog:
     Every event has `time` (seconds since the epoch), `rank` and `kind`. Byte counts end in `_bytes`, durations in
     `_seconds`. A full disk never ends training: the write error is counted in `dropped`, and the listeners still
     get the event.
+
+    Raises:
+        ConfigError: the file can't be opened.
     """
 
     def __init__(self, directory: Path | None, rank: int) -> None:
@@ -26,8 +31,13 @@ class EventLog:
         self._listeners: list[Listener] = []
         self._file = None
         if directory is not None:
-            directory.mkdir(parents=True, exist_ok=True)
-            self._file = (directory / f"events.rank{rank:05d}.jsonl").open("a", buffering=1, encoding="utf-8")
+            path = directory / f"events.rank{rank:05d}.jsonl"
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                self._file = path.open("a", buffering=1, encoding="utf-8")
+            except OSError as error:
+                reason = f"{path}: {error.strerror}; choose a directory that can be written"
+                raise ConfigError(f"--sparse-ckpt-log-dir {reason}") from error
 
     def listen(self, listener: Listener) -> None:
         """Calls `listener` with every later event, on the emitting thread."""

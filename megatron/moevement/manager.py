@@ -77,7 +77,6 @@ class SparseCheckpointManager:
             **surroundings.identity,
             "--sparse-ckpt-window-mode": config.window_mode,
             "--sparse-ckpt-reorder": config.reorder,
-            "world size": agreement.size,
         }
         self._store: HostStore | None = None
         self._capture: Capture | None = None

@@ -189,7 +189,9 @@ def test_another_world_size_is_refused(lab: Lab, tmp_path: Path, shared_memory: 
     job = sparse_job(lab, tmp_path, shared_memory)
     job.world_size = 8
     outcome = job.run()
-    assert outcome.statuses == [2] and "world size: 4 then, 8 now" in outcome.output, outcome.output
+    assert outcome.statuses == [2] and "--nproc-per-node times --nnodes: 4 then, 8 now" in outcome.output, (
+        outcome.output
+    )
 
 
 def test_an_older_format_is_refused(lab: Lab, tmp_path: Path, shared_memory: Path, kept_slots: Path) -> None:

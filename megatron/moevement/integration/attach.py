@@ -11,6 +11,7 @@ import xxhash
 from megatron.moevement.config import GIB, MIB, SparseCheckpointConfig
 from megatron.moevement.errors import UnsupportedError
 from megatron.moevement.events import EventLog
+from megatron.moevement.integration import dense_state
 from megatron.moevement.integration.job import TrainingJob
 from megatron.moevement.integration.operator_state import OperatorState
 from megatron.moevement.integration.train_loop import Hooks, IterationOutcome
@@ -20,28 +21,9 @@ from megatron.moevement.training_config import TrainingConfig
 from megatron.moevement.types import IterationRecord
 from moevement_ext import CopyEngine
 
-# What slots must have been written with; a change of any of these makes them another run's.
-_IDENTITY = (
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "ffn_hidden_size",
-    "moe_ffn_hidden_size",
-    "num_experts",
-    "moe_router_topk",
-    "seq_length",
-    "micro_batch_size",
-    "global_batch_size",
-    "seed",
-    "bf16",
-    "fp16",
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-    "num_layers_per_virtual_pipeline_stage",
-    "use_distributed_optimizer",
-    "untie_embeddings_and_output_weights",
-)
+# What slots must have been written with, in addition to what a dense checkpoint must: with another of these the
+# iterations that a recovery replays would not be those that ran.
+_REPLAY_FIELDS = ("seed", "micro_batch_size", "moe_router_topk", "hidden_dropout", "attention_dropout")
 _QUEUED_COPIES_LIMIT = 8
 
 
@@ -116,7 +98,8 @@ def build_manager(
         bytes_per_second_limit=config.bandwidth_gib_per_second * GIB,
     )
     state = OperatorState(job, engine)
-    identity = {"--" + name.replace("_", "-"): getattr(job.config, name) for name in _IDENTITY}
+    identity = dense_state.identity(job.config)
+    identity.update({"--" + name.replace("_", "-"): getattr(job.config, name) for name in _REPLAY_FIELDS})
     identity["operators"] = xxhash.xxh3_64_hexdigest(state.table.to_json().encode())
     surroundings = Surroundings(
         identity=identity,

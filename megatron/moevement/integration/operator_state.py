@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.moevement.errors import RecoveryError
-from megatron.moevement.integration import rng_state
+from megatron.moevement.integration import dense_state, rng_state
 from megatron.moevement.integration.discovery import OwnedParameter, find_owned, operator_table, replica_range
 from megatron.moevement.integration.job import TrainingJob
 from megatron.moevement.integration.optimizer_setup import inner_optimizers
@@ -38,19 +38,9 @@ class OperatorState:
         self._table = operator_table(job.chunks, self._owned)
         self._popularity = RouterPopularity(job.chunks)
         self._clones: list[torch.Tensor] = []
-        self._create_moments()
+        # AdamW makes its state in its first step; slots need it from Step 0.
+        dense_state.create_moments(job)
         self._keep_biases_in_fp32()
-
-    def _create_moments(self) -> None:
-        """AdamW makes its state in its first step; slots need it from Step 0, with the same values."""
-        for member in inner_optimizers(self._job.optimizer):
-            for parameter in (p for group in member.optimizer.param_groups for p in group["params"]):
-                if not member.optimizer.state[parameter]:
-                    member.optimizer.state[parameter] = {
-                        "step": torch.tensor(0.0, dtype=torch.float32),
-                        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                    }
 
     def _keep_biases_in_fp32(self) -> None:
         # Routers turn their expert bias to FP32 in their first forward pass; before it a slot would hold 16 bits of it.

@@ -94,9 +94,6 @@ class DenseSaver:
             nbytes=result.nbytes,
             error=result.error,
         )
-        if not result.ok and self._job.topology.rank == 0:
-            line = f"warning: dense checkpoint of step {result.step} failed, training goes on: {result.error}"
-            print(line, file=sys.stderr, flush=True)
         if result.ok:
             self._saved_step = result.step
         return result.ok
@@ -108,7 +105,10 @@ def _train(job: TrainingJob) -> list[train_loop.IterationOutcome]:
     found = _newest_dense(job, also_save=False)
     if found is not None:
         _load(job, *found)
-    saver = DenseSaver(job, (job.config.save_interval or 0,), EventLog(None, job.topology.rank), log)
+    events = EventLog(None, job.topology.rank)
+    if job.topology.rank == 0:
+        events.listen(ProgressDisplay(ProgressSettings(job.config.train_iters, 1, 1, "plain")))
+    saver = DenseSaver(job, (job.config.save_interval or 0,), events, log)
     history = train_loop.train(job, saver)
     saver.save()
     log.close()
@@ -129,6 +129,8 @@ def _train_sparse(job: TrainingJob, sparse: SparseCheckpointConfig) -> list[trai
 def _train_with_manager(
     job: TrainingJob, sparse: SparseCheckpointConfig, events: EventLog
 ) -> list[train_loop.IterationOutcome]:
+    if sparse.dense_interval and job.config.save is None:
+        raise ConfigError(f"--sparse-ckpt-dense-interval {sparse.dense_interval} needs --save: name a directory")
     manager, state = build_manager(job, sparse, events)
     if sparse.dry_run:
         _print_plan(job, sparse, manager, state)
@@ -194,7 +196,9 @@ def _listen(job: TrainingJob, sparse: SparseCheckpointConfig, events: EventLog) 
     if job.topology.rank != 0:
         return lambda: None
     tokens = job.config.samples_per_iteration * job.config.seq_length
-    settings = ProgressSettings(job.config.train_iters, tokens, job.config.log_interval, sparse.progress)
+    settings = ProgressSettings(
+        job.config.train_iters, tokens, job.config.log_interval, sparse.progress, sparse.log_level
+    )
     display = ProgressDisplay(settings)
     events.listen(display)
     if job.config.tensorboard_dir is None:

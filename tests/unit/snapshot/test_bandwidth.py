@@ -1,0 +1,58 @@
+"""The bandwidth probe: copies real memory with the engine that slots use, and leaves nothing behind."""
+
+import ctypes
+from pathlib import Path
+
+import pytest
+
+from megatron.moevement.operators.state import MemoryRange
+from megatron.moevement.snapshot import bandwidth
+from megatron.moevement.snapshot.bandwidth import measure_bandwidth
+from moevement_ext import CopyEngine, EngineError
+
+MIB = 1 << 20
+
+
+def memory(nbytes: int) -> tuple[MemoryRange, ctypes.Array[ctypes.c_char]]:
+    """A range, and what keeps it alive."""
+    buffer = ctypes.create_string_buffer(nbytes)
+    return MemoryRange(ctypes.addressof(buffer), nbytes), buffer
+
+
+def test_a_capped_engine_is_measured_at_its_cap(tmp_path: Path) -> None:
+    source, _keep = memory(MIB)
+    engine = CopyEngine(chunk_bytes=64 * 1024, bytes_per_second_limit=8 * MIB)
+    found = measure_bandwidth(engine, [source], tmp_path / "new", 3, 0)
+    # The first chunk needs no waiting, and a busy machine can only be slower.
+    assert 0 < found < 16 * MIB
+    free = measure_bandwidth(CopyEngine(), [source], tmp_path / "new", 3, 0)
+    assert free > found, "the control: without the cap it is faster"
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_file_of_a_killed_probe_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / ".bandwidth.rank00000").write_bytes(b"left behind")
+    source, _keep = memory(4096)
+    assert measure_bandwidth(CopyEngine(), [source], tmp_path, 0, 0) > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_probe_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bandwidth, "MEASURE_BYTES_LIMIT", 10_000)
+    source, _keep = memory(4096)
+    beyond = MemoryRange(0, 1 << 40)  # copying it would end the process
+    assert measure_bandwidth(CopyEngine(), [source, source, beyond], tmp_path, 0, 0) > 0
+
+
+def test_a_rank_that_owns_nothing_has_no_limit(tmp_path: Path) -> None:
+    assert measure_bandwidth(CopyEngine(), [], tmp_path / "new", 0, 0) == float("inf")
+    assert not (tmp_path / "new").exists()
+
+
+def test_nothing_is_left_after_a_failure(tmp_path: Path) -> None:
+    engine = CopyEngine()
+    engine.close()
+    source, _keep = memory(4096)
+    with pytest.raises(EngineError):
+        measure_bandwidth(engine, [source], tmp_path, 0, 0)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,84 @@
+"""The committer: digests before the commit, rejections reported, everything handed over finished at the end."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from megatron.moevement.recovery.sources import SlotReader
+from megatron.moevement.snapshot.layout import slot_layout
+from megatron.moevement.store.committer import Committed, Committer, CopiedSlot
+from megatron.moevement.store.format import digest_bytes
+from megatron.moevement.store.host_store import HostStore
+from tests.support.slots import BUFFER, create_store, manifest
+from tests.support.tables import small_table
+from tests.unit.schedule.test_slots import schedule
+
+TABLE = small_table()
+
+
+def copied(store: HostStore, step: int) -> CopiedSlot:
+    """A slot whose data is in place and not committed."""
+    spec, lease = schedule(1, "fixed").spec(step), store.lease(step)
+    assert lease is not None
+    layout = slot_layout(TABLE, spec.full, spec.weights_only, [BUFFER])
+    store.leased_data(lease)[: layout.nbytes] = bytes((i + step) % 256 for i in range(layout.nbytes))
+    return CopiedSlot(lease, manifest(spec), tuple((r.name, r.offset, r.nbytes) for r in layout), layout.nbytes)
+
+
+@pytest.mark.parametrize("digest", [True, False])
+def test_digests_are_those_of_the_data(tmp_path: Path, digest: bool) -> None:
+    store, done = create_store(tmp_path / "s", TABLE), list[Committed]()
+    committer, slot = Committer(store, digest, done.append), copied(store, 3)
+    assert 3 not in store.committed
+    committer.submit(slot)
+    committer.drain()
+    assert [c.error for c in done] == [""] and done[0].slot is slot and 3 in store.committed
+    data, _ = store.data(3)
+    wanted = {name: digest_bytes(data[at : at + size]).hex() for name, at, size in slot.regions}
+    assert store.manifest(3).digests == (wanted if digest else {})
+    assert bool(SlotReader(store, TABLE, 0, digest=True).verified()[0]) == digest
+    committer.close()
+
+
+def test_closing_finishes_what_was_handed_over(tmp_path: Path) -> None:
+    store, done = create_store(tmp_path / "s", TABLE), list[int]()
+    committer = Committer(store, True, lambda c: done.append(c.slot.lease.step))
+    slots = [copied(store, step) for step in range(4)]
+    for slot in slots:
+        committer.submit(slot)
+    committer.close()
+    assert done == [0, 1, 2, 3] and set(store.committed) == {0, 1, 2, 3}
+
+
+def test_a_slot_without_room_is_reported_and_free_again(tmp_path: Path) -> None:
+    path, done = tmp_path / "s", list[Committed]()
+    store = HostStore.create(path, {"identity": {}, "run_id": "run"}, 1, manifest_bytes=256, data_bytes=1 << 16)
+    committer = Committer(store, True, done.append)
+    committer.submit(copied(store, 0))
+    committer.close()
+    assert "there is room for 256" in done[0].error
+    assert not store.committed and store.free_slots == 1
+
+
+def test_the_queue_is_bounded(tmp_path: Path) -> None:
+    store = create_store(tmp_path / "s", TABLE, slots=Committer.LIMIT_SLOTS + 2)
+    go, taken = threading.Event(), threading.Event()
+
+    def hold(_: Committed) -> None:
+        taken.set()
+        go.wait(20)
+
+    committer = Committer(store, False, hold)
+    committer.submit(copied(store, 0))
+    assert taken.wait(20)
+    for step in range(1, Committer.LIMIT_SLOTS + 1):
+        committer.submit(copied(store, step))
+    last = threading.Thread(target=committer.submit, args=(copied(store, 9),))
+    last.start()
+    last.join(0.2)
+    assert last.is_alive(), "a full queue makes the training loop wait"
+    go.set()
+    last.join(20)
+    committer.close()
+    assert 9 in store.committed
