@@ -105,7 +105,7 @@ def test_only_rank_zero_prints_what_all_find(message: object, capsys: pytest.Cap
 
 def test_a_rank_prints_what_it_alone_finds(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        arguments.refuse("program", StoreError("slot file is gone"), {"RANK": "3"})
+        arguments.refuse("program", RecoveryError("slot file is gone"), {"RANK": "3"})
     assert capsys.readouterr().err == "program: error: rank 3: slot file is gone\n"
 
 
