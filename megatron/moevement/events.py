@@ -3,6 +3,7 @@
 A killed worker loses at most the line that it was writing; its replacement goes on in the same file.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -57,5 +58,7 @@ class EventLog:
     def close(self) -> None:
         """Closes the file; later events only reach the listeners."""
         if self._file is not None:
-            self._file.close()
+            # What a full disk has lost was counted when it was written.
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._file = None

@@ -24,8 +24,9 @@ from megatron.moevement.errors import MoevementError
 from megatron.moevement.integration import cpu_backend, quiet
 
 quiet.quiet_core_warnings()
-cpu_backend.hide_cuda()
-cpu_backend.install()
+if os.environ.get("MOEVEMENT_TEST_DEVICE") != "cuda":
+    cpu_backend.hide_cuda()
+    cpu_backend.install()
 
 import torch
 import torch.distributed as dist
@@ -113,7 +114,7 @@ def fail(job: TrainingJob, folder: Path) -> dict[str, Any]:
     train_to(job, 2)
     found["too_small"] = save_dense(job, small).error
     # The free space shrinks after it was looked at.
-    layout.free_bytes = lambda _path: 1 << 40
+    layout.free_bytes = lambda path: 1 << 40
     found["disk_full"] = save_dense(job, small).error
     found["left_on_full_disk"] = sorted(os.listdir(small))
     if rank == 1:
@@ -136,7 +137,8 @@ def fail(job: TrainingJob, folder: Path) -> dict[str, Any]:
 
 def damage(job: TrainingJob, save: Path, folder: Path) -> dict[str, Any]:
     """What loading says to a flipped bit, to a foreign checkpoint, and after both, to the older one."""
-    path, answers = layout.checkpoint_path(save, 3), {}
+    path = layout.checkpoint_path(save, 3)
+    answers: dict[str, Any] = {}
     before = digest(job)
     if dist.get_rank() == 0:
         victim = next(path.glob("__1_*"))
@@ -171,7 +173,7 @@ def crash(job: TrainingJob, folder: Path) -> dict[str, Any]:
     (folder / f"before_crash.rank{dist.get_rank()}.json").write_text(json.dumps({"ok": result.ok, "state": final}))
     train_to(job, SAVED + 1)
     if dist.get_rank() == 1:
-        os.fsync = lambda _descriptor: os.kill(os.getpid(), signal.SIGKILL)
+        os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)
     save_dense(job, folder / "save")
     raise AssertionError("a save went on without one of its ranks")
 

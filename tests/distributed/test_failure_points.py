@@ -1,8 +1,13 @@
 """A failure at any moment, and damaged slots: an exact recovery from the next source, or a clear refusal."""
 
+import contextlib
 import json
+import os
+import random
 import shutil
+import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -60,6 +65,29 @@ def test_killed_again_in_every_phase_of_the_recovery(lab: Lab, tmp_path: Path, s
     assert outcome.statuses == [-9, -9, -9, -9, -9, 0], outcome.output
     assert_exact(lab, outcome)
     assert first_iteration(outcome) >= 4
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 12))])
+def test_kills_at_random_moments(lab: Lab, tmp_path: Path, shared_memory: Path, seed: int) -> None:
+    """SIGKILL from outside, at any moment from the start of the process on, to any worker."""
+    dice = random.Random(seed)
+    mode, window = dice.choice(["fixed", "rolling"]), dice.randint(1, 4)
+    job = lab.job(SCENARIO, tmp_path, sparse_flags(shared_memory, "job", window, mode))
+    job.restarts = 6
+
+    def kill_later(generation: int, pids: list[int]) -> None:
+        if generation < 5:
+            timer = threading.Timer(dice.uniform(0.5, 6.0), _kill, [dice.choice(pids)])
+            timer.daemon = True
+            timer.start()
+
+    job.started = kill_later
+    assert_exact(lab, job.run())
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def test_two_ranks_die_at_once(lab: Lab, tmp_path: Path, shared_memory: Path) -> None:

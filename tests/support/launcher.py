@@ -88,7 +88,8 @@ class Outcome:
 class Job:
     """A training job of `world_size` workers.
 
-    `faults` go to every worker, which picks its own. `between` is called after a generation died, before the next.
+    `faults` go to every worker, which picks its own. `between` is called after a generation died, before the next,
+    `started` with the generation and the pids by rank when all its workers run.
     """
 
     zygote: Zygote
@@ -99,6 +100,7 @@ class Job:
     restarts: int = 4
     timeout_seconds: float = 240.0
     between: Callable[[int], None] | None = None
+    started: Callable[[int, list[int]], None] | None = None
     first_generation: int = 0
 
     def run(self) -> Outcome:
@@ -140,6 +142,8 @@ class Job:
                 "output": str(output),
             }
             pids[self.zygote.start(request)] = rank
+        if self.started is not None:
+            self.started(generation, list(pids))
         return self._wait(set(pids))
 
     def _wait(self, alive: set[int]) -> int:

@@ -9,7 +9,7 @@ import pytest
 
 from megatron.moevement import arguments
 from megatron.moevement.argument_checks import UNSUPPORTED
-from megatron.moevement.errors import ConfigError, StoreError
+from megatron.moevement.errors import ConfigError, RecoveryError
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = (

@@ -35,7 +35,12 @@ def test_flags_reach_their_knobs() -> None:
     )
     assert config.enabled and config.window == 3 and config.window_mode == "fixed" and config.reorder is False
     assert config.job_directory == Path("/a/b") and config.host_memory_gib == 1.5 and config.log_directory == Path("c")
-    assert parse("--sparse-ckpt-window auto").window is None
+    assert parse("--sparse-ckpt --sparse-ckpt-window auto").window is None
+
+
+def test_a_knob_that_would_do_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--sparse-ckpt-window does nothing without --sparse-ckpt"):
+        parse("--sparse-ckpt-window 3")
 
 
 def test_every_knob_has_a_flag_of_its_own_and_a_text() -> None:
@@ -65,7 +70,7 @@ def test_every_knob_has_a_flag_of_its_own_and_a_text() -> None:
 )
 def test_values_out_of_range_are_refused_by_flag(knob: str, value: object) -> None:
     with pytest.raises(ConfigError) as caught:
-        SparseCheckpointConfig(**{knob: value})  # type: ignore[arg-type]
+        SparseCheckpointConfig(enabled=True, **{knob: value})  # type: ignore[arg-type]
     assert flag_of(knob) in str(caught.value) and "\n" not in str(caught.value)
 
 

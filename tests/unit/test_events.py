@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from megatron.moevement.errors import ConfigError
 from megatron.moevement.events import EventLog
 
 
@@ -41,3 +44,10 @@ def test_a_full_disk_is_counted_and_ends_nothing(tmp_path: Path) -> None:
     log.listen(heard.append)
     log.emit("slot")
     assert log.dropped == 1 and len(heard) == 1
+    log.close()
+
+
+def test_a_directory_that_cannot_be_written_is_refused_by_flag(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="--sparse-ckpt-log-dir"):
+        EventLog(tmp_path / "file", 0)

@@ -44,12 +44,12 @@ def schedule_of(specs: Mapping[int, SlotSpec], last: int, mode: str) -> SlotSche
     """The schedule that the slot of step `last` was taken with, so that training goes on with it after a recovery.
 
     Args:
-        specs: what the slots of a run hold, by step; the run reaches back to the start of the window of `last`.
+        specs: what the slots of a run hold, by step.
         last: the run's last step.
         mode: window mode.
 
     Raises:
-        KeyError: fixed mode, and a slot between the start of the window and `last` is missing.
+        KeyError: the specs are not those of a run.
     """
     spec = specs[last]
     names = list(spec.weights_only)
@@ -57,8 +57,9 @@ def schedule_of(specs: Mapping[int, SlotSpec], last: int, mode: str) -> SlotSche
     for index, length in enumerate(spec.group_lengths):
         if index == spec.index:
             groups.append(spec.full)
-        elif index < spec.index and mode == "fixed":
-            # Captured earlier in this window and absent since; the order changes only between windows.
+        elif index < spec.index and mode == "fixed" and length:
+            # Captured earlier in this window and absent since; the order changes only between windows. A slot that
+            # captured nothing need not be in the run.
             groups.append(specs[last - spec.index + index].full)
         else:
             groups.append(tuple(names[:length]))

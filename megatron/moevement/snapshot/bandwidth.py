@@ -37,8 +37,9 @@ def measure_bandwidth(
     path = directory / f".bandwidth.rank{rank:05d}"
     path.unlink(missing_ok=True)
     region = HostRegion.create(str(path), total, prefault=True)
-    registered = engine.register_host(region.address, region.nbytes)
+    registered = False
     try:
+        registered = engine.register_host(region.address, region.nbytes)
         addresses = np.array([p.address for p in chosen], dtype=np.uint64)
         sizes = np.array([p.nbytes for p in chosen], dtype=np.uint64)
         offsets = np.concatenate([np.zeros(1, np.uint64), np.cumsum(sizes)[:-1]]) + np.uint64(region.address)

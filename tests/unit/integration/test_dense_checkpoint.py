@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.distributed
 WORKER = ROOT / "tests" / "distributed" / "dense_checkpoint_worker.py"
-MODEL = """--use-cpu --hidden-size 32 --num-attention-heads 2 --seq-length 32 --num-experts 4 --moe-router-topk 2
+MODEL = """--hidden-size 32 --num-attention-heads 2 --seq-length 32 --num-experts 4 --moe-router-topk 2
  --micro-batch-size 1 --train-iters 8 --lr 1e-2 --lr-warmup-iters 3 --lr-decay-style cosine --clip-grad 0.5
  --make-vocab-size-divisible-by 16 --distributed-timeout-minutes 6""".split()
 
@@ -62,11 +63,20 @@ def corpus(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 class Ranks:
-    """The fork server of `dense_checkpoint_worker.py`."""
+    """The fork server of `dense_checkpoint_worker.py`; `device` is `cpu` or `cuda`."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self._flags = ["--use-cpu"] if device == "cpu" else ["--deterministic-mode"]
+        # Asking the driver for devices would keep the forked ranks from using them; NVML may be asked.
+        environment = {**os.environ, "MOEVEMENT_TEST_DEVICE": device, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        if device == "cuda" and not environment.get("CUDA_VISIBLE_DEVICES"):
+            environment.pop("CUDA_VISIBLE_DEVICES", None)  # the other tests of this process hide them
         self._server = subprocess.Popen(
-            [sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, str(WORKER)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert self._server.stdout is not None and self._server.stdout.readline() == "ready\n"
 
@@ -82,7 +92,13 @@ class Ranks:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        request = {"scenario": scenario, "folder": str(folder), "ranks": ranks, "flags": MODEL + flags, "port": port}
+        request = {
+            "scenario": scenario,
+            "folder": str(folder),
+            "ranks": ranks,
+            "flags": self._flags + MODEL + flags,
+            "port": port,
+        }
         assert self._server.stdin is not None and self._server.stdout is not None
         print(json.dumps(request), file=self._server.stdin, flush=True)
         answer: list[int] = json.loads(self._server.stdout.readline())
@@ -96,17 +112,22 @@ class Ranks:
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    server = Ranks()
+    server = Ranks("cpu")
     yield server
     server.close()
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_load_restores_every_bit(case: str, ranks: Ranks, corpus: list[str], tmp_path: Path) -> None:
-    count, text = CASES[case]
-    flags = text.split() + corpus
-    saved = ranks.run("save", tmp_path, count, flags)
-    loaded = ranks.run("load", tmp_path, count, flags)
+@pytest.fixture(scope="module")
+def gpu_ranks() -> Iterator[Ranks]:
+    server = Ranks("cuda")
+    yield server
+    server.close()
+
+
+def compare(ranks: Ranks, count: int, flags: list[str], folder: Path) -> list[dict[str, Any]]:
+    """Trains, saves and trains on; loads in new processes and trains on; compares every bit."""
+    saved = ranks.run("save", folder, count, flags)
+    loaded = ranks.run("load", folder, count, flags)
     for before, after in zip(saved, loaded, strict=True):
         assert before["ok"], before["error"]
         assert before["disturbed"] == []
@@ -116,6 +137,14 @@ def test_a_load_restores_every_bit(case: str, ranks: Ranks, corpus: list[str], t
         assert after["history"] == before["history"]
         assert differing(before["final"], after["final"]) == []
     assert any(after["flipped_final"] != before["final"] for before, after in zip(saved, loaded, strict=True))
+    return saved
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_load_restores_every_bit(case: str, ranks: Ranks, corpus: list[str], tmp_path: Path) -> None:
+    count, text = CASES[case]
+    flags = text.split() + corpus
+    saved = compare(ranks, count, flags, tmp_path)
     assert (tmp_path / "save" / "latest_checkpointed_iteration.txt").read_text() == "3"
     assert saved[0]["nbytes"] == sum(
         p.stat().st_size for p in (tmp_path / "save" / "iter_0000003").iterdir() if p.suffix != ".json"
@@ -182,3 +211,25 @@ def test_a_crash_in_the_middle_of_a_save_leaves_the_former_checkpoint(
         assert differing(saved["state"], found["loaded"]) == []
         assert "iter_0000004.partial" in found["left"]
         assert found["cleared"] == ["iter_0000003", "iter_0000004", "latest_checkpointed_iteration.txt"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (1, "--num-layers 2 --bf16 --global-batch-size 2"),
+        (1, "--num-layers 2 --fp16 --initial-loss-scale 131072 --global-batch-size 2 --use-distributed-optimizer"),
+        (
+            4,
+            "--num-layers 2 --bf16 --pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --hidden-dropout 0.1"
+            " --global-batch-size 4 --use-distributed-optimizer --distributed-backend gloo",
+        ),
+    ],
+    ids=["nccl", "nccl_distributed", "four_on_one_gpu"],
+)
+def test_a_load_restores_every_bit_on_a_gpu(
+    gpu_ranks: Ranks, count: int, text: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    data = tmp_path_factory.mktemp("gpu_data")
+    assert gpu_ranks.codes("corpus", data, 1, []) == [0], (data / "corpus.rank0.log").read_text()
+    compare(gpu_ranks, count, [*text.split(), "--disable-bias-linear", "--data-path", str(data / "corpus")], tmp_path)

@@ -55,7 +55,9 @@ def work(rank: int, store: str) -> None:
 
 
 def test_processes_agree(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    # One server imports torch once, in a process without the groups that other tests may have made in this one.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.toy"])
     processes = [context.Process(target=work, args=(rank, str(tmp_path / "store"))) for rank in range(RANKS)]
     for process in processes:
         process.start()

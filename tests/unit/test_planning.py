@@ -1,0 +1,91 @@
+"""The plan: one window for the world, memory that every slot fits into, and lines that say so."""
+
+import pytest
+
+from megatron.moevement.config import GIB, SparseCheckpointConfig
+from megatron.moevement.operators.table import OperatorTable
+from megatron.moevement.planning import Measured, SparsePlan, describe, make_plan
+from megatron.moevement.schedule.ordering import capture_order
+from megatron.moevement.schedule.slots import ring_slots
+from megatron.moevement.schedule.window import divide
+from megatron.moevement.snapshot.layout import slot_layout
+from tests.support.slots import BUFFER
+from tests.support.tables import small_table
+from tests.support.toy import ThreadAgreement, ToyState, alone, on_ranks
+
+TABLE = small_table(expert_elements=10_000)
+DENSE = sum(o.full_bytes for o in TABLE)
+
+
+def config(**changes: object) -> SparseCheckpointConfig:
+    """The configuration of a test."""
+    return SparseCheckpointConfig(enabled=True, **changes)  # type: ignore[arg-type]
+
+
+def plan(
+    window: int | None, measured: Measured | None = None, table: OperatorTable = TABLE, **changes: object
+) -> SparsePlan:
+    """The plan of a world of one."""
+    return make_plan(config(**changes), ToyState(table), alone(), measured, window)
+
+
+@pytest.mark.parametrize("mode", ["fixed", "rolling"])
+@pytest.mark.parametrize("window", [1, 2, 3, 5])
+def test_a_forced_window_is_kept(window: int, mode: str) -> None:
+    found = plan(window, window_mode=mode)
+    assert found.schedule.window == window and found.schedule.mode == mode and len(found.slot_bytes) == window
+    assert found.dense_bytes == DENSE and found.measured is None
+    assert found.memory.slots == ring_slots(window, mode, reorder=True)
+
+
+@pytest.mark.parametrize("reorder", [True, False])
+@pytest.mark.parametrize("mode", ["fixed", "rolling"])
+def test_every_slot_fits_into_its_memory(mode: str, reorder: bool) -> None:
+    found = plan(3, window_mode=mode, reorder=reorder)
+    for step in range(3):
+        spec = found.schedule.spec(step)
+        assert slot_layout(TABLE, spec.full, spec.weights_only, [BUFFER]).nbytes <= found.memory.data_bytes
+    assert bool(found.spare_bytes) == reorder
+    popular = {o.name: -number for number, o in enumerate(TABLE)}
+    other = divide(TABLE, capture_order(TABLE, popular), 3, mode)
+    light = [name for group in other[1:] for name in group]
+    largest = slot_layout(TABLE, other[0], light, [BUFFER]).nbytes
+    assert not reorder or largest <= found.memory.data_bytes, "a later order's slot fits too"
+
+
+def test_auto_takes_the_smallest_window_that_fits_the_iteration() -> None:
+    slow, fast = Measured(DENSE / 2, 1.0), Measured(DENSE * 1.5, 1.0)
+    assert plan(None, fast).schedule.window == 1
+    found = plan(None, slow)
+    assert found.schedule.window > 1 and max(found.slot_bytes) <= DENSE / 2
+    forced = plan(found.schedule.window - 1)
+    assert max(forced.slot_bytes) > DENSE / 2, "one slot fewer wouldn't fit"
+
+
+def test_the_slowest_rank_decides_for_the_world() -> None:
+    def one(agreement: ThreadAgreement) -> SparsePlan:
+        speed = DENSE / 2 if agreement.rank == 1 else DENSE * 2
+        return make_plan(config(), ToyState(TABLE), agreement, Measured(speed, 1.0), None)
+
+    plans = on_ranks(3, one)
+    assert all(isinstance(p, SparsePlan) and p.schedule == plan(None, Measured(DENSE / 2, 1)).schedule for p in plans)
+
+
+def test_the_largest_rank_decides_the_memory_of_all() -> None:
+    def one(agreement: ThreadAgreement) -> SparsePlan:
+        return make_plan(config(), ToyState(TABLE if agreement.rank else small_table()), agreement, None, 2)
+
+    plans = on_ranks(2, one)
+    assert all(isinstance(p, SparsePlan) and p.memory == plan(2).memory for p in plans)
+    assert plan(2, table=small_table()).memory != plan(2).memory
+
+
+def test_the_plan_is_said_in_words() -> None:
+    found = plan(None, Measured(DENSE / 2, 1.0))
+    text = "\n".join(describe(found, ToyState(TABLE), config(), ranks=4))
+    assert "8 expert, " in text and f"W={found.schedule.window} rolling (auto)" in text
+    assert f"{4 * found.memory.total_bytes / GIB:.3f} GiB for 4 ranks" in text and "fits into one" in text
+    assert f"replays {found.schedule.window - 1} to {found.longest_run - 1} iterations" in text
+    hopeless = plan(None, Measured(1.0, 1.0))
+    assert "expect a stall" in "\n".join(describe(hopeless, ToyState(TABLE), config(), ranks=1))
+    assert "(forced)" in "\n".join(describe(plan(2), ToyState(TABLE), config(window=2), ranks=1))
