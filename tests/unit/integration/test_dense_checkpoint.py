@@ -222,7 +222,7 @@ def test_a_crash_in_the_middle_of_a_save_leaves_the_former_checkpoint(
         (
             4,
             "--num-layers 2 --bf16 --pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --hidden-dropout 0.1"
-            " --global-batch-size 4 --use-distributed-optimizer --distributed-backend gloo",
+            " --global-batch-size 4 --distributed-backend gloo",
         ),
     ],
     ids=["nccl", "nccl_distributed", "four_on_one_gpu"],

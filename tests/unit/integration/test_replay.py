@@ -7,7 +7,6 @@ import pytest
 
 from megatron.moevement.integration.job import TrainingJob
 from megatron.moevement.integration.operator_state import OperatorState
-from megatron.moevement.types import Presence
 from moevement_ext import CopyEngine
 from tests.unit.integration.saved import Saved, train_one
 from tests.unit.integration.test_operator_state import digests

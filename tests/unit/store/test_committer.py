@@ -1,6 +1,7 @@
 """The committer: digests before the commit, rejections reported, everything handed over finished at the end."""
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,14 @@ def test_the_queue_is_bounded(tmp_path: Path) -> None:
     last.join(20)
     committer.close()
     assert 9 in store.committed
+
+
+def test_a_slot_that_cannot_be_written_is_reported_and_the_next_one_is_committed(tmp_path: Path) -> None:
+    store, done = create_store(tmp_path / "s", TABLE), list[Committed]()
+    committer = Committer(store, True, done.append)
+    bad = copied(store, 0)
+    committer.submit(replace(bad, manifest=replace(bad.manifest, run_id=object())))  # JSON has no such value
+    committer.submit(copied(store, 1))
+    committer.close()
+    assert [bool(c.error) for c in done] == [True, False] and "TypeError" in done[0].error
+    assert set(store.committed) == {1} and store.free_slots == 3
