@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 
+import torch
 import torch.distributed as dist
 import xxhash
 
@@ -19,7 +20,7 @@ from megatron.moevement.manager import SparseCheckpointManager, Surroundings
 from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.training_config import TrainingConfig
 from megatron.moevement.types import IterationRecord
-from moevement_ext import CopyEngine
+from moevement_ext import CopyEngine, EngineError
 
 # What slots must have been written with, in addition to what a dense checkpoint must: with another of these the
 # iterations that a recovery replays would not be those that ran.
@@ -77,6 +78,22 @@ def check_supported(config: TrainingConfig) -> None:
         raise UnsupportedError("--sparse-ckpt needs --bf16 or --fp16: without master weights there is no sparse slot")
 
 
+def _copy_engine(device: torch.device, config: SparseCheckpointConfig) -> CopyEngine:
+    try:
+        return CopyEngine(
+            "cuda" if device.type == "cuda" else "cpu",
+            device.index or 0,
+            chunk_bytes=config.chunk_mib * MIB,
+            chunks_in_flight=config.chunks_in_flight,
+            max_queued_tickets=_QUEUED_COPIES_LIMIT,
+            bytes_per_second_limit=config.bandwidth_gib_per_second * GIB,
+        )
+    except EngineError as error:
+        raise UnsupportedError(
+            f"--sparse-ckpt: no copy engine for {device}: {error}; build the extension where the CUDA toolkit is found"
+        ) from error
+
+
 def build_manager(
     job: TrainingJob, config: SparseCheckpointConfig, events: EventLog
 ) -> tuple[SparseCheckpointManager, OperatorState]:
@@ -89,14 +106,7 @@ def build_manager(
     timeout = datetime.timedelta(minutes=job.config.distributed_timeout_minutes)
     group = dist.new_group(backend="gloo", timeout=timeout)
     device = job.topology.device
-    engine = CopyEngine(
-        "cuda" if device.type == "cuda" else "cpu",
-        device.index or 0,
-        chunk_bytes=config.chunk_mib * MIB,
-        chunks_in_flight=config.chunks_in_flight,
-        max_queued_tickets=_QUEUED_COPIES_LIMIT,
-        bytes_per_second_limit=config.bandwidth_gib_per_second * GIB,
-    )
+    engine = _copy_engine(device, config)
     state = OperatorState(job, engine)
     identity = dense_state.identity(job.config)
     identity.update({"--" + name.replace("_", "-"): getattr(job.config, name) for name in _REPLAY_FIELDS})

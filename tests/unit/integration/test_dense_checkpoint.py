@@ -219,13 +219,8 @@ def test_a_crash_in_the_middle_of_a_save_leaves_the_former_checkpoint(
     [
         (1, "--num-layers 2 --bf16 --global-batch-size 2"),
         (1, "--num-layers 2 --fp16 --initial-loss-scale 131072 --global-batch-size 2 --use-distributed-optimizer"),
-        (
-            4,
-            "--num-layers 2 --bf16 --pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --hidden-dropout 0.1"
-            " --global-batch-size 4 --distributed-backend gloo",
-        ),
     ],
-    ids=["nccl", "nccl_distributed", "four_on_one_gpu"],
+    ids=["replicated", "distributed"],
 )
 def test_a_load_restores_every_bit_on_a_gpu(
     gpu_ranks: Ranks, count: int, text: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
