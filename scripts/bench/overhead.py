@@ -3,8 +3,8 @@
     python scripts/bench/overhead.py                                  the demo's model on the CPU, 4 processes
     python scripts/bench/overhead.py --model 16-experts --window 4    2.6 B parameters on one GPU
 
-Blocks of iterations alternate between `off` (the manager isn't called) and `sparse` (a slot in every iteration, digests on).
-The first iteration of a block isn't counted, because the block before it is still being digested. Writes
+Blocks of iterations alternate between `off` (the manager isn't called) and `sparse` (a slot in every iteration, with
+digests). The first iteration of a block isn't counted, because the block before it is still being digested. Writes
 `<output>.json` and `<output>.png`.
 """
 
@@ -141,9 +141,8 @@ def processor() -> str:
 def print_table(result: dict[str, Any]) -> None:
     """The result for people."""
     machine = result["machine"]
-    print(
-        f"\n{result['model']}: {result['parameters'] / 1e6:.1f} M parameters a rank, W={result['window']} {result['mode']}"
-    )
+    size = result["parameters"] / 1e6
+    print(f"\n{result['model']}: {size:.1f} M parameters a rank, W={result['window']} {result['mode']}")
     print(f"{machine['device']}, {machine['cores']} cores ({machine['processor']}), torch {machine['torch']}")
     for name, values in result["variants"].items():
         low, high = values["quartiles"]
@@ -169,7 +168,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
-    for row, (name, values) in enumerate(result["variants"].items()):
+    for row, values in enumerate(result["variants"].values()):
         milliseconds = [1000 * s for s in values["seconds"]]
         axes.scatter(milliseconds, [row + 0.04 * (i % 7 - 3) for i in range(len(milliseconds))], s=14, alpha=0.5)
         axes.plot([1000 * values["median"]] * 2, [row - 0.3, row + 0.3], color="black", linewidth=1.5)

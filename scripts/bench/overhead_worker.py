@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -64,10 +65,8 @@ def measure(config: TrainingConfig, sparse: SparseCheckpointConfig, options: arg
     events.listen(figures)
     manager, _ = attach.build_manager(training, sparse, events)
     manager.start(None)
-    hooks = {
-        "off": train_loop.NoHooks(),
-        "sparse": Consecutive(attach.SparseHooks(training, manager, train_loop.NoHooks())),
-    }
+    sparse_hooks = Consecutive(attach.SparseHooks(training, manager, train_loop.NoHooks()))
+    hooks: dict[str, train_loop.Hooks] = {"off": train_loop.NoHooks(), "sparse": sparse_hooks}
     on_gpu = topology.device.type == "cuda"
 
     def synchronize() -> None:
@@ -88,11 +87,10 @@ def measure(config: TrainingConfig, sparse: SparseCheckpointConfig, options: arg
         for name in ("off", "sparse") if number % 2 == 0 else ("sparse", "off"):
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
-            blocks[name].append(
-                _block(lambda n=name: train_loop.train_iteration(training, hooks[n]), synchronize, options)
-            )
+            iterate = functools.partial(train_loop.train_iteration, training, hooks[name])
+            blocks[name].append(_block(iterate, synchronize, options.block))
             peak[name] = max(peak[name], torch.cuda.max_memory_allocated() / 2**20 if on_gpu else 0.0)
-    figures.values["begin_seconds"] = hooks["sparse"].begin_seconds  # type: ignore[attr-defined]
+    figures.values["begin_seconds"] = sparse_hooks.begin_seconds
     if topology.rank == 0:
         raw = {
             "seconds": {name: [s for block in values for s in block] for name, values in blocks.items()},
@@ -111,9 +109,9 @@ def measure(config: TrainingConfig, sparse: SparseCheckpointConfig, options: arg
     distributed.stop()
 
 
-def _block(iterate: Callable[[], object], synchronize: Callable[[], None], options: argparse.Namespace) -> list[float]:
+def _block(iterate: Callable[[], object], synchronize: Callable[[], None], iterations: int) -> list[float]:
     seconds = []
-    for _ in range(options.block):
+    for _ in range(iterations):
         synchronize()
         started = time.perf_counter()
         iterate()

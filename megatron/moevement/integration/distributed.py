@@ -18,7 +18,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron.moevement.argument_checks import UsageError
-from megatron.moevement.integration import cpu_backend
+from megatron.moevement.integration import cpu_backend, gloo_on_gpu
 from megatron.moevement.training_config import TrainingConfig
 
 # Stages get seeds this far apart, as in Megatron, so that their layers do not start alike.
@@ -74,6 +74,10 @@ def start(config: TrainingConfig) -> Topology:
         torch.cuda.set_device(device)
     elif not cpu_backend.is_installed():
         raise RuntimeError("install the CPU backend before importing megatron.core")
+    if device.type == "cuda" and config.backend == "gloo":
+        if config.overlap_grad_reduce:
+            raise UsageError("--overlap-grad-reduce", "needs NCCL on GPUs", "leave it out under gloo")
+        gloo_on_gpu.avoid_coalescing()
     if config.deterministic_mode:
         _require_determinism(device)
     timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)

@@ -7,11 +7,13 @@ parallelism on a single GPU, not for speed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 ACTIVATION_TAG = 1
@@ -33,6 +35,21 @@ def to_device(staged: torch.Tensor, device: torch.device) -> torch.Tensor:
     landed = torch.empty(staged.shape, dtype=staged.dtype, device=device)
     landed.copy_(staged)
     return landed.requires_grad_(True)
+
+
+def avoid_coalescing() -> None:
+    """Makes core's data-parallel collectives run one by one: gloo can't coalesce operations on CUDA tensors.
+
+    Only for collectives that are waited for; overlapped ones are refused with this backend on GPUs.
+    """
+    param_and_grad_buffer._coalescing_manager = _one_by_one
+
+
+@contextlib.contextmanager
+def _one_by_one(_group: dist.ProcessGroup, async_ops: bool = False) -> Iterator[None]:
+    if async_ops:
+        raise RuntimeError("overlapped collectives over gloo on a GPU are not supported")
+    yield
 
 
 class HostStagedP2P(P2PCommunicator):  # type: ignore[misc]
