@@ -8,10 +8,10 @@ export PYTHONUNBUFFERED=1
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 python3 setup.py build_ext --inplace >"$results/build.log" 2>&1 || { tail -30 "$results/build.log"; exit 1; }
 python3 -c "import moevement_ext; print(moevement_ext.build_info())"
-timeout 110 python3 scripts/bench/overhead.py --model 16-experts --window 4 --output "$results/overhead_16_experts_w4" \
+timeout 150 python3 scripts/bench/overhead.py --model 16-experts --window 4 --blocks 6 --output "$results/overhead_16_experts_w4" \
   2>"$results/w4.log" || tail -15 "$results/w4.log"
 timeout 220 python3 -m pytest -m gpu tests/gpu -q -p no:cacheprovider -x 2>&1 | tail -45
-timeout 110 python3 scripts/bench/overhead.py --model 16-experts --window auto --output "$results/overhead_16_experts_auto" \
+timeout 150 python3 scripts/bench/overhead.py --model 16-experts --window auto --output "$results/overhead_16_experts_auto" \
   2>"$results/auto.log" || tail -15 "$results/auto.log"
 timeout 60 make -C csrc test-cuda 2>&1 | tail -5
 exit 0

@@ -3,9 +3,10 @@
     python scripts/bench/overhead.py                                  the demo's model on the CPU, 4 processes
     python scripts/bench/overhead.py --model 16-experts --window 4    2.6 B parameters on one GPU
 
-Blocks of iterations alternate between `off` (the manager isn't called) and `sparse` (a slot in every iteration, with
-digests). The first iteration of a block isn't counted, because the block before it is still being digested. Writes
-`<output>.json` and `<output>.png`.
+Blocks of iterations alternate between `off` (the manager isn't called), `sparse` (a slot in every iteration, with
+digests) and, with --dense, `dense` (everything in every iteration: a window of one slot). The first iteration of a
+block isn't counted, because the block before it is still being digested. Besides the time of iterations it shows how
+long processors were busy in them, all threads of all ranks together. Writes `<output>.json` and `<output>.png`.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--window", default="4", help="W, or auto")
     parser.add_argument("--mode", choices=("fixed", "rolling"), default="rolling")
     parser.add_argument("--digest", choices=("on", "off"), default="on")
+    parser.add_argument("--dense", action="store_true", help="also a dense snapshot in every iteration")
     parser.add_argument("--blocks", type=int, default=8, help="blocks of each variant")
     parser.add_argument("--block", type=int, default=6, help="iterations of a block, the first of which isn't counted")
     parser.add_argument("--output", default="runs/overhead", help="path of the results without ending")
@@ -89,47 +91,61 @@ def job_command(options: argparse.Namespace, corpus: Path, raw: Path) -> list[st
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     words = [*model.split(), *COMMON.split(), "--data-path", str(corpus), *sparse]
     measured = ["--raw", str(raw), "--blocks", str(options.blocks), "--block", str(options.block)]
+    measured += ["--dense"] if options.dense else []
     return [*launcher, str(WORKER), *words, *measured]
 
 
 def environment() -> dict[str, str]:
     """One thread a process: four of them share the cores."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def summarize(options: argparse.Namespace, raw: dict[str, Any]) -> dict[str, Any]:
-    """Medians, quartiles (seconds) and the ratio of the medians; per pair of neighbouring blocks too."""
-    seconds = raw["seconds"]
-    variants = {}
-    for name, values in seconds.items():
-        low, middle, high = statistics.quantiles(values, n=4)
-        variants[name] = {"iterations": len(values), "median": middle, "quartiles": [low, high], "seconds": values}
-    pairs = [statistics.median(s) / statistics.median(o) - 1 for o, s in zip(*raw["blocks"].values(), strict=True)]
+    """Medians and quartiles (seconds), and each variant's overhead: ratio to `off` of the same run, less one."""
+    variants: dict[str, dict[str, Any]] = {}
+    for name, blocks in raw["blocks"].items():
+        seconds, busy = [s for block in blocks for s in block], raw["processor_seconds"][name]
+        low, middle, high = statistics.quantiles(seconds, n=4)
+        variants[name] = {
+            "iterations": len(seconds),
+            "median": middle,
+            "quartiles": [low, high],
+            "processor_median": statistics.median(busy),
+            "peak_device_mib": raw["peak_device_mib"][name],
+            "seconds": seconds,
+            "processor_seconds": busy,
+        }
+    off = variants["off"]
+    for name, slots in raw["slots"].items():
+        one, pairs = variants[name], zip(raw["blocks"]["off"], raw["blocks"][name], strict=True)
+        one["overhead"] = one["median"] / off["median"] - 1
+        one["overhead_of_block_pairs"] = sorted(statistics.median(s) / statistics.median(o) - 1 for o, s in pairs)
+        one["processor_overhead"] = one["processor_median"] / off["processor_median"] - 1
+        one["slot"] = {k: statistics.median(v) if isinstance(v, list) else v for k, v in slots.items()}
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(options),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {
             "processor": processor(),
-            "cores": os.cpu_count(),
+            "cores": len(os.sched_getaffinity(0)),
             "device": raw["device"],
             "python": platform.python_version(),
             "torch": raw["torch"],
         },
         "model": options.model,
+        "processes": MODELS[options.model][0],
         "parameters": raw["parameters"],
-        "window": raw["window"],
         "mode": options.mode,
+        "digest": options.digest,
         "variants": variants,
-        "overhead": variants["sparse"]["median"] / variants["off"]["median"] - 1,
-        "overhead_of_block_pairs": sorted(pairs),
-        "slot_mib": raw["slot_bytes"] / (1 << 20),
-        "stall_seconds": statistics.median(raw["stall_seconds"]),
-        "begin_seconds": statistics.median(raw["begin_seconds"]),
-        "copy_seconds": statistics.median(raw["copy_seconds"]),
-        "digest_seconds": statistics.median(raw["digest_seconds"]),
-        "failed_slots": raw["failed_slots"],
-        "peak_device_mib": raw["peak_device_mib"],
     }
+
+
+def command(options: argparse.Namespace) -> str:
+    """The command line, without the directory that the results went to."""
+    words = [Path(word).name if word == options.output else word for word in sys.argv[1:]]
+    return " ".join(["python scripts/bench/overhead.py", *words])
 
 
 def processor() -> str:
@@ -140,46 +156,58 @@ def processor() -> str:
 
 def print_table(result: dict[str, Any]) -> None:
     """The result for people."""
-    machine = result["machine"]
-    size = result["parameters"] / 1e6
-    print(f"\n{result['model']}: {size:.1f} M parameters a rank, W={result['window']} {result['mode']}")
+    machine, size = result["machine"], result["parameters"] / 1e6
+    print(f"\n{result['model']}: {size:.1f} M parameters a rank, {result['processes']} ranks, {result['mode']} windows")
     print(f"{machine['device']}, {machine['cores']} cores ({machine['processor']}), torch {machine['torch']}")
-    for name, values in result["variants"].items():
-        low, high = values["quartiles"]
+    for name, one in result["variants"].items():
+        low, high = one["quartiles"]
         print(
-            f"  {name:7s} median {values['median']:.4f} s, quartiles {low:.4f} to {high:.4f}, n={values['iterations']}"
+            f"  {name:6s} median {one['median']:.4f} s, quartiles {low:.4f} to {high:.4f}, n={one['iterations']}; "
+            f"processors busy {one['processor_median']:.3f} s"
         )
-    pairs = result["overhead_of_block_pairs"]
+    for name, one in result["variants"].items():
+        if "slot" in one:
+            print_overhead(name, one)
+
+
+def print_overhead(name: str, one: dict[str, Any]) -> None:
+    """What the slots of one variant cost."""
+    pairs, slot = [100 * pair for pair in one["overhead_of_block_pairs"]], one["slot"]
     print(
-        f"  overhead {100 * result['overhead']:+.2f}% (block pairs {100 * pairs[0]:+.2f}% to {100 * pairs[-1]:+.2f}%)"
+        f"\n  {name}: W={slot['window']}, overhead {100 * one['overhead']:+.2f}% (block pairs {pairs[0]:+.2f}% to "
+        f"{pairs[-1]:+.2f}%, median {statistics.median(pairs):+.2f}%), busy {100 * one['processor_overhead']:+.2f}%"
     )
+    milliseconds = {key.removesuffix("_seconds"): 1000 * s for key, s in slot.items() if key.endswith("_seconds")}
     print(
-        f"  slot {result['slot_mib']:.2f} MiB: begin {1000 * result['begin_seconds']:.2f} ms on the training thread, "
-        f"copy {1000 * result['copy_seconds']:.2f} ms, stall {1000 * result['stall_seconds']:.2f} ms, "
-        f"digest {1000 * result['digest_seconds']:.2f} ms; failed slots {result['failed_slots']}"
+        f"  slot of rank 0 {slot['slot_bytes'] / (1 << 20):.2f} MiB: begin {milliseconds['begin']:.2f} ms on the "
+        f"training thread, copy {milliseconds['copy']:.2f} ms, stall {milliseconds['stall']:.2f} ms, digest "
+        f"{milliseconds['digest']:.2f} ms; failed slots {slot['failed_slots']}"
     )
+
+
+LABELS = {"off": "no snapshots", "sparse": "sparse, every iteration", "dense": "dense, every iteration"}
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Every counted iteration of both variants, with medians."""
+    """Every counted iteration of all variants, with medians and quartiles."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
-    for row, values in enumerate(result["variants"].values()):
-        milliseconds = [1000 * s for s in values["seconds"]]
-        axes.scatter(milliseconds, [row + 0.04 * (i % 7 - 3) for i in range(len(milliseconds))], s=14, alpha=0.5)
-        axes.plot([1000 * values["median"]] * 2, [row - 0.3, row + 0.3], color="black", linewidth=1.5)
-    axes.set_yticks(
-        range(len(result["variants"])), ["no snapshots", "sparse, every iteration"][: len(result["variants"])]
-    )
-    axes.set_ylim(-0.6, 1.6)
-    axes.set_xlabel("milliseconds an iteration (line: median)")
-    axes.set_title(
-        f"{result['model']}: overhead {100 * result['overhead']:+.2f}% on {result['machine']['device']}", loc="left"
-    )
+    variants = result["variants"]
+    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 1.1 * len(variants)), layout="constrained")
+    for row, one in enumerate(variants.values()):
+        milliseconds = [1000 * s for s in one["seconds"]]
+        axes.barh(row, 1000 * (one["quartiles"][1] - one["quartiles"][0]), 0.6, 1000 * one["quartiles"][0], color="0.9")
+        axes.scatter(milliseconds, [row + 0.04 * (i % 7 - 3) for i in range(len(milliseconds))], s=14, alpha=0.6)
+        axes.plot([1000 * one["median"]] * 2, [row - 0.3, row + 0.3], color="black", linewidth=1.5)
+    axes.set_yticks(range(len(variants)), [LABELS[name] for name in variants])
+    axes.set_ylim(-0.6, len(variants) - 0.4)
+    axes.set_xlabel("milliseconds an iteration (line: median, grey: middle half)")
+    sparse = variants["sparse"]
+    title = f"{result['model']} on {result['machine']['device']}: W={sparse['slot']['window']} {result['mode']}"
+    axes.set_title(f"{title}, overhead {100 * sparse['overhead']:+.2f}%", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=140)
     pyplot.close(figure)
