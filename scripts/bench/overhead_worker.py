@@ -85,9 +85,8 @@ def measure(config: TrainingConfig, sparse: SparseCheckpointConfig, options: arg
             iterate = functools.partial(train_loop.train_iteration, training, hooks[name])
             blocks[name].append(clock.block(iterate, options.block)[1:])
             peak[name] = max(peak[name], torch.cuda.max_memory_allocated() / 2**20 if on_gpu else 0.0)
-    busy = clock.over_all_ranks(
-        {name: [cpu for block in values for _, cpu in block] for name, values in blocks.items()}
-    )
+    own = {name: [busy for block in values for _, busy in block] for name, values in blocks.items()}
+    processor_seconds = clock.over_all_ranks(own)
     if topology.rank == 0:
         raw = {
             "blocks": {name: [[wall for wall, _ in block] for block in values] for name, values in blocks.items()},
