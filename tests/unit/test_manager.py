@@ -13,6 +13,8 @@ from megatron.moevement.manager import SparseCheckpointManager, Surroundings
 from megatron.moevement.recovery.start import store_path
 from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.snapshot.capture import Capture
+from megatron.moevement.store import committer
+from megatron.moevement.store.format import digest_bytes
 from megatron.moevement.types import SlotSpec
 from moevement_ext import CopyEngine
 from tests.support.tables import small_table
@@ -209,6 +211,18 @@ def test_ages_and_memory_stay_in_their_bounds(tmp_path: Path) -> None:
     assert all(f["slot_bytes"] > 0 for f in figures) and not worker.steps("window_given_up")
     known = [f["loadable_step"] for f in figures]
     assert known == sorted(known) and 0 <= known[-1] < LAST
+
+
+def test_slow_digests_make_training_wait_and_cost_no_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(data: bytes | memoryview) -> bytes:
+        time.sleep(0.002)
+        return digest_bytes(data)
+
+    monkeypatch.setattr(committer, "digest_bytes", slow)
+    worker = Worker(tmp_path, window=3)
+    worker.manager.start(None)
+    worker.train(LAST).crash()
+    assert not worker.steps("window_given_up") and not worker.steps("slot_failed")
 
 
 def test_a_change_of_popularity_changes_the_order_and_stays_exact(tmp_path: Path) -> None:

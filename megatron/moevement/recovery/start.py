@@ -64,8 +64,8 @@ def find_store(path: Path | None, identity: Mapping[str, Any], agreement: Agreem
 
 
 def _mismatch(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    # The operators last: a flag says better what has changed.
-    for key in sorted(wanted, key=lambda key: (key == "operators", key)):
+    # The operators last: a flag says better what has changed. Before them flags that only matter beside another one.
+    for key in sorted(wanted, key=lambda key: (key == "operators", key not in stored, key)):
         if stored.get(key) != wanted.get(key):
             what = "model" if key == "operators" else key
             detail = "" if key == "operators" else f": {stored.get(key)} then, {wanted.get(key)} now"

@@ -37,23 +37,23 @@ class Committed:
 
 
 class Committer:
-    """One thread and a bounded queue (`LIMIT_SLOTS`); `submit` waits when the queue is full, which is counted as stall.
-
-    `on_committed` runs on this thread after every slot.
-    """
-
-    LIMIT_SLOTS = 2
+    """One thread, at most one slot behind; `on_committed` runs on the thread after every slot."""
 
     def __init__(self, store: HostStore, digest: bool, on_committed: Callable[[Committed], None]) -> None:
         self._store = store
         self._digest = digest
         self._on_committed = on_committed
-        self._queue: queue.Queue[CopiedSlot | None] = queue.Queue(self.LIMIT_SLOTS)
+        self._queue: queue.Queue[CopiedSlot | None] = queue.Queue(1)
         self._thread = threading.Thread(target=self._work, name="moevement-committer", daemon=True)
         self._thread.start()
 
     def submit(self, slot: CopiedSlot) -> None:
-        """Hands over a copied slot."""
+        """Hands over a copied slot, once the one before is committed or rejected.
+
+        The ring has room for one iteration of delay between a copy and the news that every rank has committed it; with
+        more, windows would be given up to make room. The wait is part of the stall.
+        """
+        self._queue.join()
         self._queue.put(slot)
 
     def drain(self) -> None:

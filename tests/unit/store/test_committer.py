@@ -62,8 +62,8 @@ def test_a_slot_without_room_is_reported_and_free_again(tmp_path: Path) -> None:
     assert not store.committed and store.free_slots == 1
 
 
-def test_the_queue_is_bounded(tmp_path: Path) -> None:
-    store = create_store(tmp_path / "s", TABLE, slots=Committer.LIMIT_SLOTS + 2)
+def test_a_slot_waits_until_the_one_before_is_committed(tmp_path: Path) -> None:
+    store = create_store(tmp_path / "s", TABLE, slots=3)
     go, taken = threading.Event(), threading.Event()
 
     def hold(_: Committed) -> None:
@@ -73,14 +73,12 @@ def test_the_queue_is_bounded(tmp_path: Path) -> None:
     committer = Committer(store, False, hold)
     committer.submit(copied(store, 0))
     assert taken.wait(20)
-    for step in range(1, Committer.LIMIT_SLOTS + 1):
-        committer.submit(copied(store, step))
-    last = threading.Thread(target=committer.submit, args=(copied(store, 9),))
-    last.start()
-    last.join(0.2)
-    assert last.is_alive(), "a full queue makes the training loop wait"
+    second = threading.Thread(target=committer.submit, args=(copied(store, 9),))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive(), "digests that are behind make the training loop wait"
     go.set()
-    last.join(20)
+    second.join(20)
     committer.close()
     assert 9 in store.committed
 
