@@ -1,12 +1,16 @@
 """What a sparse snapshot in every iteration costs: iterations with and without, interleaved in one run of one job.
 
-    python scripts/bench/overhead.py                                  the demo's model on the CPU, 4 processes
-    python scripts/bench/overhead.py --model 16-experts --window 4    2.6 B parameters on one GPU
+    python scripts/bench/overhead.py                                       the demo's model on the CPU, 4 processes
+    python scripts/bench/overhead.py --model 16-experts --window auto      2.6 B parameters on one GPU
+    python scripts/bench/overhead.py --model 64-experts --variants off,sparse,sparse-undigested,dcp,nvrx
 
-Blocks of iterations alternate between `off` (the manager isn't called), `sparse` (a slot in every iteration, with
-digests) and, with --dense, `dense` (everything in every iteration: a window of one slot). The first iteration of a
-block isn't counted, because the block before it is still being digested. Besides the time of iterations it shows how
-long processors were busy in them, all threads of all ranks together. Writes `<output>.json` and `<output>.png`.
+Blocks of iterations alternate between the variants. `off`: the manager isn't called. `sparse`: a slot in every
+iteration, with digests; `sparse-undigested`: without. `sparse-copy`: what a slot holds, by torch's `copy_` on a side
+stream. `dense-sync`, `dense-side`: everything in every iteration by `copy_`, waited for at once or on a side stream.
+`dcp`: torch.distributed.checkpoint.async_save of everything in every iteration; `nvrx`: the local checkpoint of
+nvidia-resiliency-ext; both run after the others, because a save takes many iterations. The first iteration of a block
+isn't counted, because the block before it is still being digested. Besides the time of iterations it shows how long
+processors were busy in them, all threads of all ranks together. Writes `<output>.json` and `<output>.png`.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import platform
 import statistics
@@ -36,15 +41,27 @@ DEMO = (
     "--attention-dropout 0.1 --micro-batch-size 1 --global-batch-size 4 --pipeline-model-parallel-size 2 "
     "--expert-model-parallel-size 2 --use-cpu --distributed-backend gloo"
 )
+LARGE = (
+    "--num-attention-heads 16 --seq-length 2048 --swiglu --disable-bias-linear --hidden-dropout 0 "
+    "--attention-dropout 0 --micro-batch-size 2 --global-batch-size 4 "
+)
 # name -> (processes, flags)
 MODELS = {
     "demo": (4, DEMO),
-    "16-experts": (
-        1,
-        "--num-layers 6 --hidden-size 2048 --num-attention-heads 16 --seq-length 2048 --num-experts 16 --swiglu "
-        "--moe-ffn-hidden-size 4096 --disable-bias-linear --hidden-dropout 0 --attention-dropout 0 "
-        "--micro-batch-size 2 --global-batch-size 4",
-    ),
+    "16-experts": (1, LARGE + "--num-layers 6 --hidden-size 2048 --num-experts 16 --moe-ffn-hidden-size 4096"),
+    "32-experts": (1, LARGE + "--num-layers 8 --hidden-size 2048 --num-experts 32 --moe-ffn-hidden-size 2048"),
+    "64-experts": (1, LARGE + "--num-layers 8 --hidden-size 1024 --num-experts 64 --moe-ffn-hidden-size 768"),
+}
+
+LABELS = {
+    "off": "no snapshots",
+    "sparse": "sparse, every iteration",
+    "sparse-undigested": "sparse without digests",
+    "sparse-copy": "sparse, torch copy_",
+    "dense-sync": "dense, torch copy_",
+    "dense-side": "dense, side stream",
+    "dcp": "dense, torch DCP async",
+    "nvrx": "dense, NVRx local",
 }
 
 
@@ -75,11 +92,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--window", default="4", help="W, or auto")
     parser.add_argument("--mode", choices=("fixed", "rolling"), default="rolling")
     parser.add_argument("--digest", choices=("on", "off"), default="on")
-    parser.add_argument("--dense", action="store_true", help="also a dense snapshot in every iteration")
+    parser.add_argument("--variants", default="off,sparse", help="comma list; see above")
     parser.add_argument("--blocks", type=int, default=8, help="blocks of each variant")
     parser.add_argument("--block", type=int, default=6, help="iterations of a block, the first of which isn't counted")
+    parser.add_argument("--slow-iterations", type=int, default=3, help="counted iterations of dcp and nvrx")
+    parser.add_argument("--scratch", default="", help="directory for what dcp and nvrx write; default: a temporary one")
     parser.add_argument("--output", default="runs/overhead", help="path of the results without ending")
-    return parser.parse_args()
+    options = parser.parse_args()
+    unknown = set(options.variants.split(",")) - set(LABELS)
+    if unknown or "off" not in options.variants.split(","):
+        parser.error(f"--variants {options.variants}: 'off' and any of {', '.join(LABELS)}")
+    return options
 
 
 def job_command(options: argparse.Namespace, corpus: Path, raw: Path) -> list[str]:
@@ -91,7 +114,8 @@ def job_command(options: argparse.Namespace, corpus: Path, raw: Path) -> list[st
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     words = [*model.split(), *COMMON.split(), "--data-path", str(corpus), *sparse]
     measured = ["--raw", str(raw), "--blocks", str(options.blocks), "--block", str(options.block)]
-    measured += ["--dense"] if options.dense else []
+    measured += ["--variants", options.variants, "--slow-iterations", str(options.slow_iterations)]
+    measured += ["--scratch", options.scratch or str(raw.parent)]
     return [*launcher, str(WORKER), *words, *measured]
 
 
@@ -117,12 +141,17 @@ def summarize(options: argparse.Namespace, raw: dict[str, Any]) -> dict[str, Any
             "processor_seconds": busy,
         }
     off = variants["off"]
-    for name, slots in raw["slots"].items():
-        one, pairs = variants[name], zip(raw["blocks"]["off"], raw["blocks"][name], strict=True)
+    for name, one in variants.items():
+        blocks = raw["blocks"][name]
         one["overhead"] = one["median"] / off["median"] - 1
-        one["overhead_of_block_pairs"] = sorted(statistics.median(s) / statistics.median(o) - 1 for o, s in pairs)
         one["processor_overhead"] = one["processor_median"] / off["processor_median"] - 1
-        one["slot"] = {k: statistics.median(v) if isinstance(v, list) else v for k, v in slots.items()}
+        one["interval_at_3_percent"] = max(1, math.ceil((one["median"] - off["median"]) / (0.03 * off["median"])))
+        if len(blocks) == len(raw["blocks"]["off"]):
+            pairs = zip(raw["blocks"]["off"], blocks, strict=True)
+            one["overhead_of_block_pairs"] = sorted(statistics.median(s) / statistics.median(o) - 1 for o, s in pairs)
+    for name, slots in raw["slots"].items():
+        if name in variants:
+            variants[name]["slot"] = {k: statistics.median(v) if isinstance(v, list) else v for k, v in slots.items()}
     return {
         "command": command(options),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -162,30 +191,31 @@ def print_table(result: dict[str, Any]) -> None:
     for name, one in result["variants"].items():
         low, high = one["quartiles"]
         print(
-            f"  {name:6s} median {one['median']:.4f} s, quartiles {low:.4f} to {high:.4f}, n={one['iterations']}; "
-            f"processors busy {one['processor_median']:.3f} s"
+            f"  {name:17s} median {one['median']:8.4f} s, quartiles {low:.4f} to {high:.4f}, n={one['iterations']:2d}, "
+            f"{100 * one['overhead']:+8.2f}%{pair_range(one)}; busy {one['processor_median']:.3f} s; "
+            f"peak {one['peak_device_mib']:.0f} MiB; costs 3% every {one['interval_at_3_percent']} iterations"
         )
     for name, one in result["variants"].items():
         if "slot" in one:
-            print_overhead(name, one)
+            print_slot(name, one["slot"])
 
 
-def print_overhead(name: str, one: dict[str, Any]) -> None:
-    """What the slots of one variant cost."""
-    pairs, slot = [100 * pair for pair in one["overhead_of_block_pairs"]], one["slot"]
-    print(
-        f"\n  {name}: W={slot['window']}, overhead {100 * one['overhead']:+.2f}% (block pairs {pairs[0]:+.2f}% to "
-        f"{pairs[-1]:+.2f}%, median {statistics.median(pairs):+.2f}%), busy {100 * one['processor_overhead']:+.2f}%"
+def pair_range(one: dict[str, Any]) -> str:
+    """Of the overhead between neighbouring blocks: smallest, median, largest."""
+    pairs = [100 * pair for pair in one.get("overhead_of_block_pairs", [])]
+    return (
+        f" (block pairs {pairs[0]:+.2f} to {pairs[-1]:+.2f}, median {statistics.median(pairs):+.2f})" if pairs else ""
     )
+
+
+def print_slot(name: str, slot: dict[str, Any]) -> None:
+    """What the slots of one variant took."""
     milliseconds = {key.removesuffix("_seconds"): 1000 * s for key, s in slot.items() if key.endswith("_seconds")}
     print(
-        f"  slot of rank 0 {slot['slot_bytes'] / (1 << 20):.2f} MiB: begin {milliseconds['begin']:.2f} ms on the "
-        f"training thread, copy {milliseconds['copy']:.2f} ms, stall {milliseconds['stall']:.2f} ms, digest "
-        f"{milliseconds['digest']:.2f} ms; failed slots {slot['failed_slots']}"
+        f"  {name}: W={slot['window']}, slot of rank 0 {slot['slot_bytes'] / (1 << 20):.2f} MiB: begin "
+        f"{milliseconds['begin']:.2f} ms on the training thread, copy {milliseconds['copy']:.2f} ms, stall "
+        f"{milliseconds['stall']:.2f} ms, digest {milliseconds['digest']:.2f} ms; failed slots {slot['failed_slots']}"
     )
-
-
-LABELS = {"off": "no snapshots", "sparse": "sparse, every iteration", "dense": "dense, every iteration"}
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -205,9 +235,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes.set_yticks(range(len(variants)), [LABELS[name] for name in variants])
     axes.set_ylim(-0.6, len(variants) - 0.4)
     axes.set_xlabel("milliseconds an iteration (line: median, grey: middle half)")
-    sparse = variants["sparse"]
-    title = f"{result['model']} on {result['machine']['device']}: W={sparse['slot']['window']} {result['mode']}"
-    axes.set_title(f"{title}, overhead {100 * sparse['overhead']:+.2f}%", loc="left")
+    if max(one["median"] for one in variants.values()) > 5 * variants["off"]["median"]:
+        axes.set_xscale("log")
+    title = f"{result['model']} on {result['machine']['device']}"
+    if "sparse" in variants:
+        sparse = variants["sparse"]
+        title += f": W={sparse['slot']['window']} {result['mode']}, overhead {100 * sparse['overhead']:+.2f}%"
+    axes.set_title(title, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=140)
     pyplot.close(figure)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
+import shutil
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -17,30 +20,48 @@ from megatron.moevement.config import SparseCheckpointConfig, add_sparse_checkpo
 from megatron.moevement.errors import MoevementError
 from megatron.moevement.events import EventLog
 from megatron.moevement.training_config import TrainingConfig
+from moevement_ext import HostRegion
 
 WARM_UP_ITERATIONS = 5
+# Variants that take many times an iteration: few iterations of them, in one block after the others.
+SLOW = ("dcp", "nvrx")
+VARIANTS = ("off", "sparse", "sparse-undigested", "sparse-copy", "dense-sync", "dense-side", *SLOW)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the measurement besides those of training."""
     add_sparse_checkpoint_flags(parser)
     parser.add_argument("--raw", type=Path, required=True)
+    parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--variants", required=True)
     parser.add_argument("--blocks", type=int, required=True)
     parser.add_argument("--block", type=int, required=True)
-    parser.add_argument("--dense", action="store_true")
+    parser.add_argument("--slow-iterations", type=int, required=True)
+
+
+class Say:
+    """Tells what is being done, and how long it took so far, on rank 0."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self.rank = 0
+
+    def __call__(self, text: str) -> None:
+        if self.rank == 0:
+            print(f"[{time.perf_counter() - self._started:6.1f} s] {text}", file=sys.stderr, flush=True)
 
 
 class Measurement:
     """Figures of slots, from the events of this rank."""
 
     def __init__(self) -> None:
-        self.values: dict[str, list[float]] = {
-            "stall_seconds": [],
-            "copy_seconds": [],
-            "digest_seconds": [],
-        }
-        self.slot_bytes = 0
-        self.failed_slots = 0
+        self.values: dict[str, list[float]] = {}
+        self.slot_bytes = self.failed_slots = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what was measured so far."""
+        self.values = {"stall_seconds": [], "copy_seconds": [], "digest_seconds": []}
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Takes one event."""
@@ -54,53 +75,173 @@ class Measurement:
 
 
 def measure(config: TrainingConfig, sparse: SparseCheckpointConfig, options: argparse.Namespace) -> None:
-    """Trains in alternating blocks. Collective over the ranks."""
+    """Trains in alternating blocks, then in one block for every slow variant. Collective over the ranks."""
     import torch
 
     from megatron.moevement.integration import distributed, job, train_loop
 
+    say, names = Say(), options.variants.split(",")
     topology = distributed.start(config)
+    say.rank = topology.rank
     training = job.build_job(config, topology)
-    snapshots = {"sparse": Snapshots(training, sparse)}
-    if options.dense:
-        dense = dataclasses.replace(sparse, window=1, name=f"{sparse.name}-dense")
-        snapshots["dense"] = Snapshots(training, dense)
-    hooks: dict[str, train_loop.Hooks] = {"off": train_loop.NoHooks()}
-    hooks.update({name: one.hooks for name, one in snapshots.items()})
+    parameters = job.parameter_count(list(training.chunks))
+    say(f"{parameters / 1e6:.0f} M parameters on this rank, {topology.device}")
     on_gpu = topology.device.type == "cuda"
-    clock = Clock(on_gpu)
-
+    clock, record = Clock(on_gpu), Record(on_gpu)
     for chunk in training.chunks:
         chunk.train()
-    for hook in hooks.values():
-        clock.block(functools.partial(train_loop.train_iteration, training, hook), WARM_UP_ITERATIONS)
-    for one in snapshots.values():
-        one.warm_up(functools.partial(train_loop.train_iteration, training, one.hooks))
-    peak = dict.fromkeys(hooks, 0.0)
-    blocks: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in hooks}
-    for number in range(options.blocks):
-        for name in list(hooks) if number % 2 == 0 else list(hooks)[::-1]:
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats()
-            iterate = functools.partial(train_loop.train_iteration, training, hooks[name])
-            blocks[name].append(clock.block(iterate, options.block)[1:])
-            peak[name] = max(peak[name], torch.cuda.max_memory_allocated() / 2**20 if on_gpu else 0.0)
-    own = {name: [busy for block in values for _, busy in block] for name, values in blocks.items()}
-    processor_seconds = clock.over_all_ranks(own)
+
+    def run(hook: Any, iterations: int) -> list[tuple[float, float]]:
+        return clock.block(functools.partial(train_loop.train_iteration, training, hook), iterations)
+
+    run(train_loop.NoHooks(), WARM_UP_ITERATIONS)
+    say("warmed up")
+    managers = _managers(training, sparse, names, functools.partial(run, iterations=1), say)
+    with contextlib.ExitStack() as stack:
+        hooks = _hooks(training, sparse, names, managers, on_gpu, stack)
+        for name, hook in hooks.items():
+            run(hook, 1)
+            say(f"{name}: first iteration")
+        for number in range(options.blocks):
+            for name in list(hooks) if number % 2 == 0 else list(hooks)[::-1]:
+                record.block(name, functools.partial(run, hooks[name]), options.block)
+            say(f"block {number + 1} of {options.blocks}: {record.medians()}")
+    for name in (name for name in names if name in SLOW):
+        with contextlib.ExitStack() as stack:
+            hook = _slow_hook(training, name, options.scratch, on_gpu, stack)
+            record.block(name, functools.partial(run, hook), 1 + options.slow_iterations)
+            say(f"{name}: {record.medians()}")
+    busy = clock.over_all_ranks(record.processor_seconds())
     if topology.rank == 0:
         raw = {
-            "blocks": {name: [[wall for wall, _ in block] for block in values] for name, values in blocks.items()},
-            "processor_seconds": processor_seconds,
-            "slots": {name: one.figures() for name, one in snapshots.items()},
-            "parameters": job.parameter_count(list(training.chunks)),
+            "blocks": record.blocks,
+            "processor_seconds": busy,
+            "slots": {name: one.figures() for name, one in managers.items()},
+            "parameters": parameters,
             "device": torch.cuda.get_device_name() if on_gpu else "CPU",
             "torch": torch.__version__,
-            "peak_device_mib": peak,
+            "peak_device_mib": record.peak,
         }
         options.raw.write_text(json.dumps(raw))
-    for one in snapshots.values():
+    for one in managers.values():
         one.manager.finish(durable=True)
     distributed.stop()
+
+
+class Record:
+    """What the blocks of each variant took; the first iteration of a block isn't counted."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        self._on_gpu = on_gpu
+        self.blocks: dict[str, list[list[float]]] = {}
+        self._busy: dict[str, list[float]] = {}
+        self.peak: dict[str, float] = {}
+
+    def block(self, name: str, run: Callable[[int], list[tuple[float, float]]], iterations: int) -> None:
+        """Runs a block of `iterations`."""
+        import torch
+
+        if self._on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        seconds = run(iterations)[1:]
+        peak = torch.cuda.max_memory_allocated() / 2**20 if self._on_gpu else 0.0
+        self.blocks.setdefault(name, []).append([wall for wall, _ in seconds])
+        self._busy.setdefault(name, []).extend(busy for _, busy in seconds)
+        self.peak[name] = max(self.peak.get(name, 0.0), peak)
+
+    def medians(self) -> str:
+        """For people, so far."""
+        counted = {name: [s for block in blocks for s in block] for name, blocks in self.blocks.items()}
+        return ", ".join(f"{name} {statistics.median(seconds):.4f} s" for name, seconds in counted.items())
+
+    def processor_seconds(self) -> dict[str, list[float]]:
+        """Of this process, by variant and counted iteration."""
+        return self._busy
+
+
+def _managers(
+    training: Any, sparse: SparseCheckpointConfig, names: list[str], iterate: Callable[[Any], object], say: Say
+) -> dict[str, Snapshots]:
+    """The managers that the variants need, warmed up, by the variant that they take slots in."""
+    wanted = {}
+    if "sparse" in names or "sparse-copy" in names:
+        wanted["sparse"] = sparse
+    if "sparse-undigested" in names:
+        wanted["sparse-undigested"] = dataclasses.replace(sparse, digest=False, name=f"{sparse.name}-undigested")
+    managers = {}
+    for name, config in wanted.items():
+        managers[name] = one = Snapshots(training, config)
+        one.warm_up(functools.partial(iterate, one.hooks))
+        assert one.manager.plan is not None
+        memory = one.manager.plan.memory
+        say(f"{name}: {memory.slots} slots of {memory.slot_bytes / 2**20:.1f} MiB, each written once")
+    return managers
+
+
+def _hooks(
+    training: Any,
+    sparse: SparseCheckpointConfig,
+    names: list[str],
+    managers: dict[str, Snapshots],
+    on_gpu: bool,
+    stack: contextlib.ExitStack,
+) -> dict[str, Any]:
+    """The hooks of every variant that isn't slow."""
+    import torch
+
+    from megatron.moevement.integration import attach, train_loop
+    from scripts.bench import baselines
+
+    copied: dict[str, Any] = {}
+    if managers and {"sparse-copy", "dense-sync", "dense-side"} & set(names):
+        # Other variants copy into the slots of the first manager, which nobody recovers from.
+        one = next(iter(managers.values()))
+        assert one.manager.plan is not None
+        schedule = one.manager.plan.schedule
+        region = stack.enter_context(HostRegion.open(str(one.slots_path), writable=True))
+        view = stack.enter_context(memoryview(region))
+        if on_gpu:
+            engine = attach.copy_engine(training.topology.device, sparse)
+            stack.callback(engine.close)
+            engine.register_host(region.address, region.nbytes)
+        host = torch.frombuffer(view, dtype=torch.uint8)
+        slot = functools.partial(_slot, one.state, schedule, on_gpu)
+        copied["sparse-copy"] = functools.partial(baselines.TorchCopies, slot, schedule.window, host, True)
+        if {"dense-sync", "dense-side"} & set(names):
+            dense = list(baselines.dense_tensors(one.state, on_gpu).values())
+            copied["dense-sync"] = functools.partial(baselines.TorchCopies, lambda _: dense, 1, host, False)
+            copied["dense-side"] = functools.partial(baselines.TorchCopies, lambda _: dense, 1, host, True)
+    hooks: dict[str, Any] = {}
+    for name in (name for name in names if name not in SLOW):
+        if name == "off":
+            hooks[name] = train_loop.NoHooks()
+        else:
+            hooks[name] = managers[name].hooks if name in managers else copied[name]()
+    return hooks
+
+
+def _slot(state: Any, schedule: Any, on_gpu: bool, index: int) -> Any:
+    from scripts.bench import baselines
+
+    return baselines.slot_tensors(state, schedule.spec(index), on_gpu)
+
+
+def _slow_hook(training: Any, name: str, scratch: Path, on_gpu: bool, stack: contextlib.ExitStack) -> Any:
+    """The hook of a slow variant; what it wrote goes when the stack is left."""
+    from megatron.moevement.integration import attach
+    from megatron.moevement.integration.operator_state import OperatorState
+    from scripts.bench import baselines
+
+    engine = attach.copy_engine(training.topology.device, SparseCheckpointConfig(enabled=True))
+    stack.callback(engine.close)
+    tensors = baselines.dense_tensors(OperatorState(training, engine), on_gpu)
+    directory = scratch / name
+    directory.mkdir(parents=True, exist_ok=True)
+    stack.callback(shutil.rmtree, directory, ignore_errors=True)
+    kind = baselines.DistributedCheckpoint if name == "dcp" else baselines.LocalCheckpoint
+    hook = kind(tensors, directory)
+    stack.callback(hook.close)
+    return hook
 
 
 class Snapshots:
@@ -108,11 +249,13 @@ class Snapshots:
 
     def __init__(self, training: Any, config: SparseCheckpointConfig) -> None:
         from megatron.moevement.integration import attach, train_loop
+        from megatron.moevement.recovery.start import store_path
 
         events = EventLog(None, training.topology.rank)
         self._measured = Measurement()
         events.listen(self._measured)
-        self.manager, _ = attach.build_manager(training, config, events)
+        self.manager, self.state = attach.build_manager(training, config, events)
+        self.slots_path = store_path(config.job_directory, training.topology.rank)
         self.manager.start(None)
         self.hooks = Consecutive(attach.SparseHooks(training, self.manager, train_loop.NoHooks()))
 
@@ -122,6 +265,8 @@ class Snapshots:
             iterate()
         for _ in range(self.manager.plan.memory.slots):
             iterate()
+        self._measured.reset()
+        self.hooks.begin_seconds.clear()
 
     def figures(self) -> dict[str, Any]:
         """Of this rank's slots: seconds of every one, bytes, window."""
@@ -199,7 +344,7 @@ class Consecutive:
 
 
 def main() -> int:
-    """Parse, choose the device, measure."""
+    """Parses the flags and measures; exit status 2 for bad input."""
     config, namespace = arguments.parse(extra=add_flags)
     from megatron.moevement.integration import cpu_backend, quiet
 

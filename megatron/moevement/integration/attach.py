@@ -78,7 +78,12 @@ def check_supported(config: TrainingConfig) -> None:
         raise UnsupportedError("--sparse-ckpt needs --bf16 or --fp16: without master weights there is no sparse slot")
 
 
-def _copy_engine(device: torch.device, config: SparseCheckpointConfig) -> CopyEngine:
+def copy_engine(device: torch.device, config: SparseCheckpointConfig) -> CopyEngine:
+    """The engine of this rank's device with the limits of `config`.
+
+    Raises:
+        UnsupportedError: the extension has no engine for the device.
+    """
     try:
         return CopyEngine(
             "cuda" if device.type == "cuda" else "cpu",
@@ -106,7 +111,7 @@ def build_manager(
     timeout = datetime.timedelta(minutes=job.config.distributed_timeout_minutes)
     group = dist.new_group(backend="gloo", timeout=timeout)
     device = job.topology.device
-    engine = _copy_engine(device, config)
+    engine = copy_engine(device, config)
     state = OperatorState(job, engine)
     identity = dense_state.identity(job.config)
     identity.update({"--" + name.replace("_", "-"): getattr(job.config, name) for name in _REPLAY_FIELDS})
