@@ -72,7 +72,8 @@ class TorchCopies:
         self._tensors = [list(tensors(index)) for index in range(period)]
         self._host = host
         self._overlapped = overlapped
-        self._side = torch.cuda.Stream() if host.is_pinned() else None
+        new_stream: Any = torch.cuda.Stream
+        self._side = new_stream() if host.is_pinned() else None
         self._count = 0
         most = max(sum(t.numel() for t in batch) for batch in self._tensors)
         if most > host.numel():

@@ -99,6 +99,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scratch", default="", help="directory for what dcp and nvrx write; default: a temporary one")
     parser.add_argument("--output", default="runs/overhead", help="path of the results without ending")
     options = parser.parse_args()
+    if min(options.blocks, options.block - 1, options.slow_iterations) * (options.block - 1) < 2:
+        parser.error("--blocks, --block and --slow-iterations: at least two iterations of each variant must count")
     unknown = set(options.variants.split(",")) - set(LABELS)
     if unknown or "off" not in options.variants.split(","):
         parser.error(f"--variants {options.variants}: 'off' and any of {', '.join(LABELS)}")
