@@ -1,6 +1,7 @@
 // The host region: its words, its errors, its space.
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 #include <string>
 #include <thread>
@@ -57,9 +58,44 @@ void a_stored_word_publishes_the_bytes_before_it() {
   CHECK(all_there);
 }
 
+void regions_are_filled_by_any_number_of_threads() {
+  const std::string path = scratch_path();
+  for (const std::size_t threads : {1u, 3u}) {
+    std::vector<std::uint64_t> reports;
+    FillOptions options;
+    options.threads = threads;
+    options.progress = [&](std::uint64_t done) { reports.push_back(done); };
+    const std::size_t nbytes = (std::size_t{513} << 20) + 1;
+    const auto region = HostRegion::create(path, nbytes, true, options);
+    CHECK(!reports.empty() && reports.back() == nbytes && std::is_sorted(reports.begin(), reports.end()));
+    const auto reader = HostRegion::open(path, false, threads);
+    region->store_word(512 << 20, 7);
+    CHECK(reader->load_word(512 << 20) == 7 && reader->load_word(8) == 0);
+    ::unlink(path.c_str());
+  }
+  FillOptions none;
+  none.threads = 0;
+  CHECK_THROWS(std::invalid_argument, HostRegion::create(path, 4096, false, none));
+  CHECK_THROWS(std::invalid_argument, HostRegion::open(path, false, 65));
+}
+
+void a_progress_function_that_throws_leaves_no_file() {
+  for (const std::string folder : {"/dev/shm", "/tmp"}) {
+    const std::string path = folder + scratch_path().substr(8);
+    FillOptions options;
+    options.progress = [](std::uint64_t) { throw std::logic_error("enough"); };
+    CHECK_THROWS(std::logic_error, HostRegion::create(path, 1 << 20, true, options));
+    CHECK(::access(path.c_str(), F_OK) != 0);
+    const auto region = HostRegion::create(path, 1 << 20, true, {});
+    CHECK(region->load_word(4096) == 0);
+    ::unlink(path.c_str());
+  }
+}
+
 }  // namespace
 
 int test_region() {
   return RUN(region_words_and_errors) +
-         RUN(a_stored_word_publishes_the_bytes_before_it);
+         RUN(a_stored_word_publishes_the_bytes_before_it) +
+         RUN(regions_are_filled_by_any_number_of_threads) + RUN(a_progress_function_that_throws_leaves_no_file);
 }

@@ -69,7 +69,7 @@ def test_full_file_system_is_enospc_and_leaves_no_file(tiny_tmpfs: Path, prefaul
         HostRegion.create(path, 2 * MIB, prefault=prefault)
     assert caught.value.errno == errno.ENOSPC
     assert caught.value.filename == str(path)
-    assert "host_region.cpp:" in str(caught.value)
+    assert "populate.cpp:" in str(caught.value)
     assert list(tiny_tmpfs.iterdir()) == []
     # What was taken meanwhile is given back: nearly all of it can be had, and written.
     with HostRegion.create(path, MIB - 65536, prefault=prefault) as region:
