@@ -17,7 +17,8 @@ from typing import NamedTuple
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_namespace_packages, setup
 
-SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
+AVX2 = "csrc/digest_avx2.cpp"
+SOURCES = sorted({str(path) for path in Path("csrc").glob("*.cpp")} - {AVX2})
 HEADERS = sorted(str(path) for path in [*Path("csrc").glob("*.h"), *Path("csrc/third_party").glob("*/*.h")])
 GATHER = "csrc/gather.cu"
 # Compiled for these as far as the toolkit knows them; the newest also travels as PTX, for GPUs that come later.
@@ -80,14 +81,10 @@ class build_core(build_ext):
 
     def build_extension(self, ext: Pybind11Extension) -> None:
         """Builds the extension module."""
-        compile_one = self.compiler._compile
-
-        def compile_for_its_processor(obj, src, ext, cc_args, extra_postargs, pp_opts):
-            if src.endswith("_avx2.cpp") and platform.machine() == "x86_64":
-                extra_postargs = [*extra_postargs, "-mavx2"]
-            compile_one(obj, src, ext, cc_args, extra_postargs, pp_opts)
-
-        self.compiler._compile = compile_for_its_processor
+        options = ["-std=c++17", "-O3", "-Wall", "-Wextra"]
+        if platform.machine() == "x86_64":
+            options.append("-mavx2")
+        ext.extra_objects += self.compiler.compile([AVX2], output_dir=self.build_temp, extra_postargs=options)
         cuda = find_cuda()
         if cuda is not None and cuda.nvcc is not None:
             target = Path(self.build_temp) / "gather.o"
@@ -103,7 +100,7 @@ def extension() -> Pybind11Extension:
     module = Pybind11Extension(
         "moevement_ext._C",
         sources=SOURCES,
-        depends=[*HEADERS, GATHER],
+        depends=[*HEADERS, AVX2, GATHER],
         cxx_std=17,
         extra_compile_args=["-O3", "-Wall", "-Wextra"],
     )

@@ -1,4 +1,4 @@
-"""Host memory that outlives a process, a paced copy engine, and digests of memory: the Python face of the native core in csrc/.
+"""Host memory that outlives a process, a paced copy engine, digests: the Python face of the native core in csrc/.
 
 The core knows addresses, sizes and stream handles only, never tensors. Addresses come from HostRegion.address and from
 torch.Tensor.data_ptr(); who passes one keeps the memory alive until the copy is finished. Its signatures are in _C.pyi,

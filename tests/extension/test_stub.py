@@ -23,7 +23,8 @@ def stub_members(node: ast.Module | ast.ClassDef) -> dict[str, ast.FunctionDef |
 
 
 def stub_constants() -> set[str]:
-    return {node.target.id for node in STUB.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+    annotated = [node.target for node in STUB.body if isinstance(node, ast.AnnAssign)]
+    return {target.id for target in annotated if isinstance(target, ast.Name)}
 
 
 def is_property(node: ast.FunctionDef) -> bool:
