@@ -121,12 +121,13 @@ void CopyEngine::run() {
   (void)::pthread_setname_np(::pthread_self(), "moe-copy");
   try {
     device_->enter_worker();
+    while (step()) {
+    }
   } catch (const std::exception& problem) {
+    // Of the device at the start, or of a system without memory later on.
+    device_->drain();
     const Lock lock(mutex_);
     fail_engine(problem.what());
-    return;
-  }
-  while (step()) {
   }
 }
 
