@@ -113,7 +113,7 @@ engine ended by a device error.)")
           },
           py::arg("sources"), py::arg("destinations"), py::arg("sizes"), py::arg("stream") = 0, py::arg("label") = "",
           py::arg("timeout_seconds") = 600.0,
-          R"(Submit a batch and wait for it; any direction between host and device. Takes its turn in the queue, hurried.
+          R"(Submit a batch, hurry it and wait for it; any direction between host and device. It takes its turn in the queue.
 
 Raises as submit does, and EngineError when the copy fails, is cancelled or takes longer than timeout_seconds; nothing
 is in flight after it returns or raises.)");
@@ -148,8 +148,10 @@ True when the ticket is cancelled, False when it was done or failed before. KeyE
 void bind_pace(EngineClass& engine) {
   engine
       .def("hurry", &CopyEngine::hurry, py::arg("ticket"), ReleaseGil(),
-           R"(Say that you are about to wait for a ticket. It, and those before it of its priority, are not spread out nor
-paused any more and have burst_chunks_in_flight chunks in flight; bytes_per_second_limit stays.
+           R"(Say that you are about to wait for a ticket: end its spreading, and that of those before it.
+
+It and the tickets before it of its priority are not spread out nor paused any more, and have burst_chunks_in_flight
+chunks in flight; bytes_per_second_limit stays.
 
 Does nothing for a finished ticket. KeyError when unknown or dropped.)")
       .def("pause", &CopyEngine::pause, ReleaseGil(),

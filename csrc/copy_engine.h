@@ -53,9 +53,9 @@ class CopyEngine {
   CopyEngine& operator=(const CopyEngine&) = delete;
 
   // Queues a batch behind the work given to `stream` so far (0: the device's default stream) and returns its ticket.
-  // The memory must stay as it is until the ticket is finished. Throws std::invalid_argument for a null, wrapping or
-  // self-overlapping piece and for options out of range; EngineError when the queue is full, the engine is closed or has
-  // failed.
+  // The memory must stay as it is until the ticket is finished. All pieces go in one direction between host and device.
+  // Throws std::invalid_argument for a null, wrapping or self-overlapping piece and for options out of range; EngineError
+  // when the queue is full, the engine is closed or has failed.
   std::uint64_t submit(std::vector<CopyPiece> batch, std::uint64_t stream, std::string label,
                        SubmitOptions options = {});
   // True when every byte of the ticket is copied. Throws UnknownTicket, and EngineError when the copy failed.

@@ -1,4 +1,4 @@
-// Digests memory behind the caller's back with a few threads, in chunks, so that one large range keeps all of them busy.
+// Digests memory behind the caller's back with a few threads, in chunks, so that one large range keeps them all busy.
 //
 // A range's digest is the XXH3-128 of the XXH3-128 digests, one after the other, of its chunks of kDigestChunkBytes.
 #pragma once
@@ -44,11 +44,11 @@ class DigestPool {
   DigestPool& operator=(const DigestPool&) = delete;
 
   // Queues ranges and returns a ticket. The memory must stay mapped until the ticket is finished. Throws
-  // std::invalid_argument for a null or wrapping range; EngineError when too many tickets are unfinished or after close().
+  // std::invalid_argument for a null or wrapping range; EngineError when 8 tickets are unfinished and after close().
   std::uint64_t submit(const std::vector<DigestRange>& ranges);
-  // 16 bytes per range, or none when `timeout_seconds` pass first. Throws UnknownTicket, and EngineError when cancelled.
+  // 16 bytes per range, or none when `timeout_seconds` pass first. Throws UnknownTicket; EngineError when cancelled.
   std::optional<std::string> wait(std::uint64_t ticket, double timeout_seconds, const Poll& poll = {});
-  // Returns when no thread reads the ticket's memory any more. True when it is cancelled, false when it was done before.
+  // Returns when no thread reads the ticket's memory any more. True when it is cancelled, false when it was done.
   bool cancel(std::uint64_t ticket);
   // One range, before all that is queued, with all threads. Throws as submit does, whatever is queued.
   std::string digest(std::uint64_t address, std::uint64_t bytes, const Poll& poll = {});

@@ -113,7 +113,8 @@ Mapping map_new(int fd, std::uint64_t nbytes, bool prefault, const FillOptions& 
     if (::ftruncate(fd, static_cast<off_t>(nbytes)) != 0) throw MOEVEMENT_OS_ERROR(errno, "ftruncate", path);
   } else {
     // The pages are the slower half: they alone count as progress where there are any.
-    reserve_space(fd, nbytes, path, prefault && options.progress ? [&](auto) { options.progress(0); } : options.progress);
+    const Progress nothing_yet = [&](std::uint64_t) { options.progress(0); };
+    reserve_space(fd, nbytes, path, prefault && options.progress ? nothing_yet : options.progress);
   }
   Mapping mapping(fd, nbytes, PROT_READ | PROT_WRITE, path);
   if (options.huge_pages) prefer_huge_pages(mapping.address(), nbytes);

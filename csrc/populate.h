@@ -16,8 +16,8 @@ enum class Access { read, write };
 
 // Throws std::invalid_argument unless `threads` is 1 to 64.
 void check_populate_threads(std::size_t threads);
-// Maps every page of [address, address + nbytes), which is a mapping of the file `path`, for the access; a page that the
-// file lacks is made. False when the kernel cannot do that (before Linux 5.14). Throws OsError: ENOSPC when the file
+// Maps every page of [address, address + nbytes), which is a mapping of the file `path`, for the access; a page that
+// the file lacks is made. False when the kernel cannot do that (before Linux 5.14). Throws OsError: ENOSPC when the file
 // system is full, EAGAIN when there are no threads left.
 bool populate(void* address, std::size_t nbytes, Access access, std::size_t threads, const Progress& progress,
               const std::string& path);
