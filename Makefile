@@ -16,7 +16,7 @@ help:
 	@echo "make bench      overhead of sparse checkpointing on this machine"
 	@echo "make clean      remove what was built"
 
-$(STAMP): requirements.txt setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h)
+$(STAMP): requirements.txt setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
 	@test -n "$(PYTHON)" || { echo "make: error: no Python 3.11 or 3.12 found; install one or set PYTHON="; exit 2; }
 	@command -v g++ >/dev/null || { echo "make: error: g++ not found; install a C++17 compiler"; exit 2; }
 	@echo "set-up: virtual environment in $(VENV) ($(PYTHON))"

@@ -6,6 +6,7 @@ The CUDA copy engine is built when the toolkit is found and MOEVEMENT_CUDA is no
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -16,21 +17,20 @@ from typing import NamedTuple
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_namespace_packages, setup
 
-SOURCES = (
-    "csrc/bindings.cpp",
-    "csrc/copy_engine.cpp",
-    "csrc/copy_engine_cpu.cpp",
-    "csrc/copy_engine_cuda.cpp",
-    "csrc/copy_worker.cpp",
-    "csrc/host_region.cpp",
-)
+AVX2 = "csrc/digest_avx2.cpp"
+SOURCES = sorted({str(path) for path in Path("csrc").glob("*.cpp")} - {AVX2})
+HEADERS = sorted(str(path) for path in [*Path("csrc").glob("*.h"), *Path("csrc/third_party").glob("*/*.h")])
+GATHER = "csrc/gather.cu"
+# Compiled for these as far as the toolkit knows them; the newest also travels as PTX, for GPUs that come later.
+ARCHITECTURES = (80, 90, 100)
 
 
 class CudaToolkit(NamedTuple):
-    """Where the CUDA runtime's header and library lie."""
+    """Where the CUDA runtime's header and library lie, and the compiler of the same toolkit, if it has one."""
 
     include: Path
     library: Path
+    nvcc: Path | None
 
 
 def cuda_homes() -> list[Path]:
@@ -60,16 +60,47 @@ def find_cuda() -> CudaToolkit | None:
                 # The static runtime first: it looks for the driver when it is used and not when it is imported.
                 for name in ("libcudart_static.a", "libcudart.so"):
                     if (folder / name).is_file():
-                        return CudaToolkit(include, folder / name)
+                        nvcc = home / "bin/nvcc"
+                        return CudaToolkit(include, folder / name, nvcc if nvcc.is_file() else None)
     return None
+
+
+def gencode(nvcc: Path) -> list[str]:
+    """Options for the architectures that this nvcc knows."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = {int(found) for found in re.findall(r"^compute_(\d+)$", listed, re.MULTILINE)}
+    chosen = [number for number in ARCHITECTURES if number in known]
+    if not chosen:
+        raise RuntimeError(f"{nvcc} knows none of the architectures {ARCHITECTURES}")
+    options = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in chosen]
+    return [*options, f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
+
+
+class build_core(build_ext):
+    """Compiles one file for AVX2, and the gather kernel with nvcc, beside what setuptools does."""
+
+    def build_extension(self, ext: Pybind11Extension) -> None:
+        """Builds the extension module."""
+        options = ["-std=c++17", "-O3", "-Wall", "-Wextra"]
+        if platform.machine() == "x86_64":
+            options.append("-mavx2")
+        ext.extra_objects += self.compiler.compile([AVX2], output_dir=self.build_temp, extra_postargs=options)
+        cuda = find_cuda()
+        if cuda is not None and cuda.nvcc is not None:
+            target = Path(self.build_temp) / "gather.o"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", *gencode(cuda.nvcc)]
+            subprocess.run([cuda.nvcc, *flags, "-c", GATHER, "-o", str(target)], check=True)
+            ext.extra_objects.append(str(target))
+        super().build_extension(ext)
 
 
 def extension() -> Pybind11Extension:
     """The extension module, with CUDA where it is found."""
     module = Pybind11Extension(
         "moevement_ext._C",
-        sources=list(SOURCES),
-        depends=[str(header) for header in sorted(Path("csrc").glob("*.h"))],
+        sources=SOURCES,
+        depends=[*HEADERS, AVX2, GATHER],
         cxx_std=17,
         extra_compile_args=["-O3", "-Wall", "-Wextra"],
     )
@@ -79,6 +110,10 @@ def extension() -> Pybind11Extension:
         return module
     print(f"moevement: building the CUDA copy engine with {cuda.library}", file=sys.stderr)
     module.define_macros.append(("MOEVEMENT_WITH_CUDA", "1"))
+    if cuda.nvcc is None:
+        print("moevement: no nvcc in this toolkit: small pieces are copied one by one, not gathered", file=sys.stderr)
+    else:
+        module.define_macros.append(("MOEVEMENT_WITH_GATHER", "1"))
     # System headers of the toolkit are not ours to warn about.
     module.extra_compile_args += ["-isystem", str(cuda.include)]
     module.extra_link_args.append(str(cuda.library))
@@ -95,5 +130,5 @@ setup(
     packages=find_namespace_packages(include=["megatron.moevement*", "moevement_ext*"]),
     package_data={"moevement_ext": ["py.typed", "*.pyi"]},
     ext_modules=[extension()],
-    cmdclass={"build_ext": build_ext},
+    cmdclass={"build_ext": build_core},
 )

@@ -1,10 +1,12 @@
 // What a copy engine needs from the hardware it copies with. The engine decides what is copied when; a device only
-// starts a copy and says when it is over, so that the CPU and the CUDA engine share every rule about tickets.
+// starts a chunk and says when it is over, so that the CPU and the CUDA engine share every rule about tickets.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+
+#include "chunking.h"
 
 namespace moevement {
 
@@ -16,6 +18,9 @@ class Fence {
   virtual bool passed() = 0;
 };
 
+// Chunks in flight are numbered by slots, 0 to kMaxChunksInFlight - 1.
+constexpr std::size_t kMaxChunksInFlight = 64;
+
 class CopyDevice {
  public:
   virtual ~CopyDevice() = default;
@@ -24,11 +29,15 @@ class CopyDevice {
   virtual void enter_worker() = 0;
   // Any thread: a fence behind the work given to `stream` so far; null where there is nothing to wait for.
   virtual std::unique_ptr<Fence> fence(std::uint64_t stream) = 0;
+  // Any thread: device memory for gathering, over all chunks in flight; 0 where nothing is gathered.
+  virtual std::uint64_t staging_bytes() const noexcept = 0;
 
-  // Worker thread only; all throw EngineError. Copies are made in the order of the calls.
-  virtual void copy(std::uint64_t source, std::uint64_t destination, std::uint64_t bytes) = 0;
-  // Marks the copies since the last mark as the chunk in `slot`, and waits for that chunk.
-  virtual void mark(std::size_t slot) = 0;
+  // Worker thread only; throw EngineError.
+  // How a batch that begins with this piece travels; all its pieces go the same way.
+  virtual Direction direction(const CopyPiece& first) = 0;
+  // Starts a chunk. Chunks are made, and become over, in the order of the calls.
+  virtual void copy_chunk(const Chunk& chunk, std::size_t slot) = 0;
+  // Waits for the oldest chunk that is not over yet, which is in `slot`.
   virtual void finish(std::size_t slot) = 0;
   // Returns when no copy is in flight, whatever went wrong before.
   virtual void drain() noexcept = 0;
@@ -41,10 +50,12 @@ class CopyDevice {
 };
 
 std::unique_ptr<CopyDevice> make_cpu_device();
-// `slots`: how many chunks are in flight at most. Throws EngineError without a usable GPU, and always in a build
-// without CUDA.
-std::unique_ptr<CopyDevice> make_cuda_device(int index, std::size_t slots);
+// Throws EngineError without a usable GPU, and always in a build without CUDA. `gather_bytes_limit`: device memory for
+// gathering small pieces, 0 for none.
+std::unique_ptr<CopyDevice> make_cuda_device(int index, std::uint64_t gather_bytes_limit);
 // "13.0", or null in a build without CUDA.
 const char* cuda_version();
+// Whether this build can gather small pieces on the GPU.
+bool gather_built() noexcept;
 
 }  // namespace moevement

@@ -3,7 +3,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cmath>
 #include <utility>
 
 #include "errors.h"
@@ -11,41 +10,11 @@
 namespace moevement {
 namespace {
 
-constexpr std::uint64_t kMaxChunkBytes = std::uint64_t{1} << 30;
-constexpr std::size_t kMaxChunksInFlight = 64;
-constexpr double kMaxTimeoutSeconds = 1e8;
 constexpr auto kPollEvery = std::chrono::milliseconds(50);
+constexpr auto kLongestPause = std::chrono::milliseconds(5);
 
 double seconds(std::chrono::steady_clock::duration duration) {
   return std::chrono::duration<double>(duration).count();
-}
-
-std::chrono::steady_clock::duration duration_of(double seconds) {
-  return std::chrono::duration_cast<std::chrono::steady_clock::duration>(std::chrono::duration<double>(seconds));
-}
-
-void check_piece(const CopyPiece& piece, std::size_t index) {
-  if (piece.bytes == 0) return;
-  const char* wrong = nullptr;
-  if (piece.source == 0 || piece.destination == 0) {
-    wrong = "has a null address";
-  } else if (piece.source + piece.bytes < piece.source || piece.destination + piece.bytes < piece.destination) {
-    wrong = "wraps around the address space";
-  } else if (piece.source < piece.destination + piece.bytes && piece.destination < piece.source + piece.bytes) {
-    wrong = "overlaps itself: its source and destination share bytes";
-  }
-  if (wrong != nullptr) {
-    throw std::invalid_argument("piece " + std::to_string(index) + " of " + std::to_string(piece.bytes) + " bytes " +
-                                wrong + MOEVEMENT_HERE);
-  }
-}
-
-double checked_timeout(double timeout_seconds) {
-  if (!(timeout_seconds >= 0 && timeout_seconds <= kMaxTimeoutSeconds)) {
-    throw std::invalid_argument("timeout_seconds must be 0 to 1e8, got " + std::to_string(timeout_seconds) +
-                                MOEVEMENT_HERE);
-  }
-  return timeout_seconds;
 }
 
 const EngineLimits& checked(const EngineLimits& limits) {
@@ -54,19 +23,6 @@ const EngineLimits& checked(const EngineLimits& limits) {
 }
 
 }  // namespace
-
-void check_limits(const EngineLimits& limits) {
-  const auto require = [](bool good, const char* what) {
-    if (!good) throw std::invalid_argument(std::string(what) + MOEVEMENT_HERE);
-  };
-  require(limits.chunk_bytes >= 1 && limits.chunk_bytes <= kMaxChunkBytes, "chunk_bytes must be 1 to 2^30");
-  require(limits.chunks_in_flight >= 1 && limits.chunks_in_flight <= kMaxChunksInFlight,
-          "chunks_in_flight must be 1 to 64");
-  require(limits.max_queued_tickets >= 1, "max_queued_tickets must be at least 1");
-  require(limits.max_finished_tickets >= 1, "max_finished_tickets must be at least 1");
-  const double cap = limits.bytes_per_second_limit;
-  require(cap == 0 || (std::isfinite(cap) && cap >= 1), "bytes_per_second_limit must be 0 (none) or at least 1");
-}
 
 const char* state_name(TicketState state) {
   switch (state) {
@@ -85,7 +41,8 @@ const char* state_name(TicketState state) {
 }
 
 CopyEngine::CopyEngine(std::unique_ptr<CopyDevice> device, const EngineLimits& limits)
-    : owner_(::getpid()), limits_(checked(limits)), device_(std::move(device)), worker_([this] { run(); }) {}
+    : owner_(::getpid()), limits_(checked(limits)), device_(std::move(device)),
+      chunk_bytes_(limits.chunk_bytes), chunks_in_flight_(limits.chunks_in_flight), worker_([this] { run(); }) {}
 
 CopyEngine::~CopyEngine() { close(); }
 
@@ -122,19 +79,32 @@ void CopyEngine::raise_failed(const Ticket& ticket) {
   throw EngineError("copy " + std::to_string(ticket.id) + label + " failed: " + ticket.error);
 }
 
-std::uint64_t CopyEngine::submit(std::vector<CopyPiece> batch, std::uint64_t stream, std::string label) {
+// Caller holds the lock.
+void CopyEngine::notify_worker() {
+  ++changes_;
+  work_.notify_all();
+}
+
+std::uint64_t CopyEngine::submit(std::vector<CopyPiece> batch, std::uint64_t stream, std::string label,
+                                 SubmitOptions options) {
   require_owner();
+  check_batch(batch, options);
   auto ticket = std::make_shared<Ticket>();
-  for (std::size_t index = 0; index < batch.size(); ++index) {
-    check_piece(batch[index], index);
-    ticket->total_bytes += batch[index].bytes;
+  std::size_t next_piece = 0;
+  for (PieceGroup& group : options.groups) {
+    for (std::uint64_t count = 0; count < group.pieces; ++count) ticket->total_bytes += batch[next_piece++].bytes;
+    ticket->groups.emplace_back(std::move(group.name), ticket->total_bytes);
   }
-  ticket->pieces = std::move(batch);
+  while (next_piece < batch.size()) ticket->total_bytes += batch[next_piece++].bytes;
+  ticket->cursor = ChunkCursor(merged(batch));
   ticket->label = std::move(label);
+  ticket->priority = options.priority;
+  if (options.spread_seconds > 0) {
+    ticket->spread_rate = static_cast<double>(ticket->total_bytes) / options.spread_seconds;
+  }
   const Lock lock(mutex_);
   require_accepting();
-  const std::size_t unfinished = queue_.size() + (running_ ? 1 : 0);
-  if (unfinished >= limits_.max_queued_tickets) {
+  if (unfinished_ >= limits_.max_queued_tickets) {
     throw EngineError("the copy queue is full: max_queued_tickets is " + std::to_string(limits_.max_queued_tickets) +
                       MOEVEMENT_HERE);
   }
@@ -143,9 +113,10 @@ std::uint64_t CopyEngine::submit(std::vector<CopyPiece> batch, std::uint64_t str
   ticket->submitted = Clock::now();
   ticket->id = last_ticket_ + 1;
   tickets_.emplace(ticket->id, ticket);
-  queue_.push_back(ticket);
+  pending_.emplace(key(*ticket), ticket);
   last_ticket_ = ticket->id;
-  work_.notify_all();
+  ++unfinished_;
+  notify_worker();
   return ticket->id;
 }
 
@@ -172,7 +143,7 @@ CopyStats CopyEngine::stats(std::uint64_t ticket) const {
 CopyStats CopyEngine::stats_of(const Ticket& ticket) const {
   const auto end = is_finished(ticket) ? ticket.finished : Clock::now();
   const auto start = ticket.has_started ? ticket.started : end;
-  return {ticket.copied.load(), ticket.total_bytes, seconds(end - start), seconds(start - ticket.submitted)};
+  return {ticket.copied, ticket.total_bytes, seconds(end - start), seconds(start - ticket.submitted)};
 }
 
 bool CopyEngine::wait(std::uint64_t ticket, double timeout_seconds, const Poll& poll) {
@@ -200,14 +171,53 @@ bool CopyEngine::cancel(std::uint64_t ticket) {
   Lock lock(mutex_);
   const TicketRef found = find(ticket);
   if (found->state == TicketState::queued) {
-    queue_.erase(std::find(queue_.begin(), queue_.end(), found));
+    pending_.erase(key(*found));
     finish(*found, TicketState::cancelled, "");
+    notify_worker();
   } else if (found->state == TicketState::running) {
     found->cancel_requested = true;
-    work_.notify_all();
+    notify_worker();
     finished_.wait(lock, [&] { return is_finished(*found); });
   }
   return found->state == TicketState::cancelled;
+}
+
+void CopyEngine::hurry(std::uint64_t ticket) {
+  require_owner();
+  const Lock lock(mutex_);
+  const TicketRef found = find(ticket);
+  if (is_finished(*found)) return;
+  found->hurried = true;
+  // Those before it are copied first, so that they must not dawdle either.
+  const auto end = pending_.upper_bound(key(*found));
+  for (auto next = pending_.lower_bound({-found->priority, 0}); next != end; ++next) next->second->hurried = true;
+  notify_worker();
+}
+
+void CopyEngine::pause() {
+  require_owner();
+  const Lock lock(mutex_);
+  const auto now = Clock::now();
+  (void)paused(now);
+  ++pauses_;
+  pause_end_ = now + kLongestPause;
+}
+
+void CopyEngine::resume() {
+  require_owner();
+  const Lock lock(mutex_);
+  // The pause may have ended by itself.
+  if (pauses_ != 0) --pauses_;
+  notify_worker();
+}
+
+void CopyEngine::set_chunks(std::uint64_t chunk_bytes, std::size_t chunks_in_flight) {
+  require_owner();
+  check_chunks(chunk_bytes, chunks_in_flight, std::max(limits_.max_chunk_bytes, limits_.chunk_bytes));
+  const Lock lock(mutex_);
+  chunk_bytes_ = chunk_bytes;
+  chunks_in_flight_ = chunks_in_flight;
+  notify_worker();
 }
 
 CopyStats CopyEngine::copy_now(std::vector<CopyPiece> batch, std::uint64_t stream, std::string label,
@@ -222,6 +232,7 @@ CopyStats CopyEngine::copy_now(std::vector<CopyPiece> batch, std::uint64_t strea
   }
   bool in_time = false;
   try {
+    hurry(ticket);
     in_time = wait(ticket, timeout_seconds, poll);
   } catch (...) {
     cancel(ticket);
@@ -265,9 +276,8 @@ void CopyEngine::close() {
   {
     const Lock lock(mutex_);
     closing_ = true;
-    if (running_) running_->cancel_requested = true;
-    for (const TicketRef& ticket : std::exchange(queue_, {})) finish(*ticket, TicketState::cancelled, "");
-    work_.notify_all();
+    for (const auto& [key, ticket] : pending_) ticket->cancel_requested = true;
+    notify_worker();
   }
   if (worker_.joinable()) worker_.join();
   for (const std::uint64_t address : std::exchange(registered_, {})) {

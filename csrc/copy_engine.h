@@ -1,18 +1,19 @@
-// Copies batches of memory pieces behind the caller's back, in order, in small chunks, with one worker thread.
+// Copies batches of memory pieces behind the caller's back, in small chunks, with one worker thread.
 //
 // Why chunks: a bulk device-to-host copy stands in front of the small read-backs that a training step waits for; a few
-// megabytes at a time, a few in flight, let those in between at almost no loss of bandwidth.
+// megabytes at a time, a few in flight, let those in between at almost no loss of bandwidth. Between two chunks the
+// worker also changes over to a ticket of higher priority.
 #pragma once
 
 #include <sys/types.h>
 
-#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -20,31 +21,17 @@
 #include <string>
 #include <thread>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
+#include "chunking.h"
 #include "copy_device.h"
+#include "copy_limits.h"
 
 namespace moevement {
 
-struct CopyPiece {
-  std::uint64_t source;
-  std::uint64_t destination;
-  std::uint64_t bytes;
-};
-
 enum class TicketState { queued, running, done, cancelled, failed };
 const char* state_name(TicketState state);
-
-struct EngineLimits {
-  std::uint64_t chunk_bytes = std::uint64_t{4} << 20;
-  std::size_t chunks_in_flight = 2;
-  std::size_t max_queued_tickets = 64;       // unfinished tickets, the running one included
-  std::size_t max_finished_tickets = 1024;   // finished tickets whose record is kept
-  double bytes_per_second_limit = 0;         // 0: none
-};
-
-// Throws std::invalid_argument for a limit out of its range.
-void check_limits(const EngineLimits& limits);
 
 struct CopyStats {
   std::uint64_t bytes;        // copied so far
@@ -66,9 +53,11 @@ class CopyEngine {
   CopyEngine& operator=(const CopyEngine&) = delete;
 
   // Queues a batch behind the work given to `stream` so far (0: the device's default stream) and returns its ticket.
-  // The memory must stay as it is until the ticket is finished. Throws std::invalid_argument for a null, wrapping or
-  // self-overlapping piece; EngineError when the queue is full, the engine is closed or has failed.
-  std::uint64_t submit(std::vector<CopyPiece> batch, std::uint64_t stream, std::string label);
+  // The memory must stay as it is until the ticket is finished. All pieces go in one direction between host and device.
+  // Throws std::invalid_argument for a null, wrapping or self-overlapping piece and for options out of range; EngineError
+  // when the queue is full, the engine is closed or has failed.
+  std::uint64_t submit(std::vector<CopyPiece> batch, std::uint64_t stream, std::string label,
+                       SubmitOptions options = {});
   // True when every byte of the ticket is copied. Throws UnknownTicket, and EngineError when the copy failed.
   bool done(std::uint64_t ticket) const;
   // True when the ticket is done or cancelled, false when `timeout_seconds` pass first. Throws as done() does.
@@ -82,6 +71,16 @@ class CopyEngine {
   // chunk is in flight after it returns or throws.
   CopyStats copy_now(std::vector<CopyPiece> batch, std::uint64_t stream, std::string label, double timeout_seconds,
                      const Poll& poll = {});
+
+  // The caller is about to wait for the ticket: it and the tickets before it of its priority are not spread out nor
+  // paused any more, and have more chunks in flight. Nothing happens to a finished one. Throws UnknownTicket.
+  void hurry(std::uint64_t ticket);
+  // A small copy of somebody else is about to be awaited: tickets of priority 0 that nobody waits for start no chunk
+  // until resume(), which may be nested, or for 5 ms: a lost resume must not stop snapshots.
+  void pause();
+  void resume();
+  // For chunks started from now on. Throws std::invalid_argument.
+  void set_chunks(std::uint64_t chunk_bytes, std::size_t chunks_in_flight);
 
   // Pins host memory until it is unregistered or the engine closes; false on the CPU. Throw EngineError.
   bool register_host(std::uint64_t address, std::uint64_t nbytes);
@@ -101,34 +100,67 @@ class CopyEngine {
   using Clock = std::chrono::steady_clock;
   using Lock = std::unique_lock<std::mutex>;
 
+  // Guarded by the lock, except what is the worker's own.
   struct Ticket {
-    std::vector<CopyPiece> pieces;
-    std::unique_ptr<Fence> fence;
+    std::shared_ptr<Fence> fence;  // shared with the worker while it asks
     std::string label;
     std::string error;
     std::uint64_t id = 0;
     std::uint64_t total_bytes = 0;
+    std::uint64_t copied = 0;
+    std::size_t in_flight = 0;  // chunks
+    int priority = 0;
     TicketState state = TicketState::queued;
     Clock::time_point submitted, started, finished;
     bool has_started = false;
-    std::atomic<bool> cancel_requested{false};
-    std::atomic<std::uint64_t> copied{0};
+    bool hurried = false;
+    bool cancel_requested = false;
+    // The worker's own once the ticket is queued.
+    ChunkCursor cursor;
+    std::vector<std::pair<std::string, std::uint64_t>> groups;  // name, and the batch's bytes up to the group's end
+    std::optional<Direction> direction;
+    double spread_rate = 0;         // bytes per second, 0: not spread out
+    Clock::time_point next_at{};    // when the spreading allows the next chunk
   };
   using TicketRef = std::shared_ptr<Ticket>;
+  struct Flight {
+    TicketRef ticket;
+    std::size_t slot;
+    std::uint64_t offset, bytes;
+  };
+  // Highest priority first, then the oldest.
+  using Pending = std::map<std::pair<int, std::uint64_t>, TicketRef>;
 
   void require_owner() const;
   void require_accepting() const;
   TicketRef find(std::uint64_t ticket) const;
   static bool is_finished(const Ticket& ticket);
   static void raise_failed(const Ticket& ticket);
+  static std::pair<int, std::uint64_t> key(const Ticket& ticket) { return {-ticket.priority, ticket.id}; }
   CopyStats stats_of(const Ticket& ticket) const;
-  void finish(Ticket& ticket, TicketState state, const std::string& error);
-  void fail_engine(const std::string& error);
+  void notify_worker();
 
+  // Worker, or with the lock held.
+  void finish(Ticket& ticket, TicketState state, const std::string& error);
+  void settle(Ticket& ticket);
+  void fail_engine(const std::string& error);
+  void drop_cancelled();
+  std::vector<TicketRef> heads() const;
+  bool paused(Clock::time_point now);
+  std::size_t burst() const;
+  std::uint64_t staging_share() const;
+
+  // Worker thread, without the lock.
   void run();
-  bool await_fence(Ticket& ticket);
-  bool pace(Ticket& ticket, std::uint64_t bytes);
-  bool copy_chunks(Ticket& ticket);
+  bool step();
+  bool ready(Ticket& ticket, Clock::time_point& wake);
+  bool serve(const TicketRef& ticket);
+  bool has_room(const Ticket& ticket);
+  std::optional<ChunkRules> begin_chunk(Ticket& ticket);
+  void pay(Ticket& ticket, const Chunk& chunk, const ChunkRules& rules);
+  bool finish_oldest();
+  bool fail(const TicketRef& ticket, const std::string& error, bool doubt_others);
+  void sleep(std::uint64_t seen, Clock::time_point wake);
 
   const pid_t owner_;
   const EngineLimits limits_;
@@ -139,14 +171,23 @@ class CopyEngine {
   std::condition_variable work_;      // the worker sleeps here: new work, a cancel, the end
   std::condition_variable finished_;  // callers sleep here
   std::unordered_map<std::uint64_t, TicketRef> tickets_;
-  std::deque<TicketRef> queue_;
+  Pending pending_;  // tickets with chunks to start
   std::deque<std::uint64_t> finished_order_;
   std::set<std::uint64_t> registered_;
-  TicketRef running_;
   std::string failure_;
   std::uint64_t last_ticket_ = 0;
-  Clock::time_point next_copy_at_{};  // worker thread only
+  std::uint64_t changes_ = 0;  // counts what the worker must not sleep through
+  std::size_t unfinished_ = 0;
+  std::uint64_t chunk_bytes_;
+  std::size_t chunks_in_flight_;
+  std::size_t pauses_ = 0;
+  Clock::time_point pause_end_{};
   bool closing_ = false;
+
+  // Worker thread only.
+  std::deque<Flight> flights_;  // oldest first
+  std::size_t next_slot_ = 0;
+  Clock::time_point next_copy_at_{};
   std::thread worker_;
 };
 

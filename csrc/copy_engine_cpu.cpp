@@ -5,15 +5,19 @@
 namespace moevement {
 namespace {
 
-// Copies with the worker thread itself: a copy is over when the call returns, so that fences and marks are empty.
+// Copies with the worker thread itself: a chunk is over when the call returns, so that there is nothing to wait for.
 class CpuDevice final : public CopyDevice {
  public:
   void enter_worker() override {}
   std::unique_ptr<Fence> fence(std::uint64_t) override { return nullptr; }
-  void copy(std::uint64_t source, std::uint64_t destination, std::uint64_t bytes) override {
-    std::memcpy(reinterpret_cast<void*>(destination), reinterpret_cast<const void*>(source), bytes);
+  std::uint64_t staging_bytes() const noexcept override { return 0; }
+  Direction direction(const CopyPiece&) override { return Direction::other; }
+  void copy_chunk(const Chunk& chunk, std::size_t) override {
+    for (const CopyPiece& piece : chunk.pieces) {
+      std::memcpy(reinterpret_cast<void*>(piece.destination), reinterpret_cast<const void*>(piece.source),
+                  piece.bytes);
+    }
   }
-  void mark(std::size_t) override {}
   void finish(std::size_t) override {}
   void drain() noexcept override {}
   bool usable() noexcept override { return true; }

@@ -5,8 +5,11 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
+
+#include "gather.h"
 
 namespace moevement {
 namespace {
@@ -53,8 +56,14 @@ class Event {
 
 class SideStream {
  public:
-  // Non-blocking: work on the legacy default stream must not wait for snapshot copies, nor they for it.
-  SideStream() { MOEVEMENT_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
+  // Non-blocking: work on the legacy default stream must not wait for snapshot copies, nor they for it. The greatest
+  // priority: a gather of microseconds must not queue behind the training's kernels.
+  SideStream() {
+    int least = 0;
+    int greatest = 0;
+    MOEVEMENT_CUDA(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+    MOEVEMENT_CUDA(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, greatest));
+  }
   ~SideStream() { (void)cudaStreamDestroy(stream_); }
   SideStream(const SideStream&) = delete;
   SideStream& operator=(const SideStream&) = delete;
@@ -62,6 +71,20 @@ class SideStream {
 
  private:
   cudaStream_t stream_ = nullptr;
+};
+
+class DeviceMemory {
+ public:
+  explicit DeviceMemory(std::uint64_t bytes) {
+    if (bytes != 0) MOEVEMENT_CUDA(cudaMalloc(&pointer_, bytes));
+  }
+  ~DeviceMemory() { (void)cudaFree(pointer_); }
+  DeviceMemory(const DeviceMemory&) = delete;
+  DeviceMemory& operator=(const DeviceMemory&) = delete;
+  std::uint64_t address() const { return reinterpret_cast<std::uintptr_t>(pointer_); }
+
+ private:
+  void* pointer_ = nullptr;
 };
 
 // The worker asks for the fence before it starts the first chunk, and also orders the side stream behind it. The order
@@ -87,39 +110,94 @@ class StreamFence final : public Fence {
   cudaStream_t side_;
 };
 
+// Everything that belongs to one place in the row of chunks in flight.
+struct Slot {
+  Event gathered;  // the pieces are in the staging memory
+  Event over;
+  bool staged = false;
+};
+
+void check_index(int index) {
+  int count = 0;
+  MOEVEMENT_CUDA(cudaGetDeviceCount(&count));
+  if (index < 0 || index >= count) {
+    throw EngineError("no CUDA device " + std::to_string(index) + ": " + std::to_string(count) + " visible" +
+                      MOEVEMENT_HERE);
+  }
+}
+
+void copy_async(std::uint64_t source, std::uint64_t destination, std::uint64_t bytes, cudaStream_t stream) {
+  MOEVEMENT_CUDA(cudaMemcpyAsync(reinterpret_cast<void*>(destination), reinterpret_cast<const void*>(source), bytes,
+                                 cudaMemcpyDefault, stream));
+}
+
+void move_pieces(const Chunk& chunk, std::uint64_t staging, cudaStream_t stream) {
+  const std::vector<Descriptor> items = descriptors(chunk);
+  GatherTable table;
+  table.count = static_cast<std::uint32_t>(items.size());
+  std::copy(items.begin(), items.end(), table.items);
+  const bool scatter = chunk.direction == Direction::to_device;
+  check(static_cast<cudaError_t>(launch_gather(table, staging, scatter, stream)), "gather kernel", MOEVEMENT_HERE);
+}
+
+// Copies run on one stream; small pieces going to the host are gathered on another one before that, so that the kernel
+// works while the chunk before is still on the link.
 class CudaDevice final : public CopyDevice {
  public:
-  CudaDevice(int index, std::size_t slots) : index_(index) {
-    int count = 0;
-    MOEVEMENT_CUDA(cudaGetDeviceCount(&count));
-    if (index < 0 || index >= count) {
-      throw EngineError("no CUDA device " + std::to_string(index) + ": " + std::to_string(count) + " visible" +
-                        MOEVEMENT_HERE);
-    }
-    const DeviceGuard guard(index_);
-    side_ = std::make_unique<SideStream>();
-    for (std::size_t slot = 0; slot < slots; ++slot) chunks_.push_back(std::make_unique<Event>());
+  // The events and streams belong to the device that is current when they are made.
+  CudaDevice(int index, std::uint64_t staging_bytes)
+      : index_(index), staging_bytes_(staging_bytes), staging_(staging_bytes), ring_(staging_bytes) {
+    for (std::size_t slot = 0; slot < kMaxChunksInFlight; ++slot) slots_.push_back(std::make_unique<Slot>());
   }
 
   void enter_worker() override { MOEVEMENT_CUDA(cudaSetDevice(index_)); }
 
   std::unique_ptr<Fence> fence(std::uint64_t stream) override {
     const DeviceGuard guard(index_);
-    return std::make_unique<StreamFence>(reinterpret_cast<cudaStream_t>(stream), side_->get());
+    return std::make_unique<StreamFence>(reinterpret_cast<cudaStream_t>(stream), copies_.get());
   }
 
-  void copy(std::uint64_t source, std::uint64_t destination, std::uint64_t bytes) override {
-    MOEVEMENT_CUDA(cudaMemcpyAsync(reinterpret_cast<void*>(destination), reinterpret_cast<const void*>(source), bytes,
-                                   cudaMemcpyDefault, side_->get()));
+  std::uint64_t staging_bytes() const noexcept override { return staging_bytes_; }
+
+  Direction direction(const CopyPiece& first) override {
+    if (staging_bytes_ == 0) return Direction::other;
+    const bool from_device = on_device(first.source);
+    if (from_device == on_device(first.destination)) return Direction::other;
+    return from_device ? Direction::to_host : Direction::to_device;
   }
-  void mark(std::size_t slot) override { MOEVEMENT_CUDA(cudaEventRecord(chunks_[slot]->get(), side_->get())); }
-  void finish(std::size_t slot) override { MOEVEMENT_CUDA(cudaEventSynchronize(chunks_[slot]->get())); }
-  void drain() noexcept override { (void)cudaStreamSynchronize(side_->get()); }
+
+  void copy_chunk(const Chunk& chunk, std::size_t slot) override {
+    Slot& here = *slots_[slot];
+    const auto place = chunk.staging_bytes == 0 ? std::nullopt : ring_.take(chunk.staging_bytes);
+    here.staged = place.has_value();
+    const std::uint64_t staging = staging_.address() + place.value_or(0);
+    const bool to_host = chunk.direction == Direction::to_host;
+    if (here.staged && to_host) {
+      move_pieces(chunk, staging, gathers_.get());
+      MOEVEMENT_CUDA(cudaEventRecord(here.gathered.get(), gathers_.get()));
+      MOEVEMENT_CUDA(cudaStreamWaitEvent(copies_.get(), here.gathered.get(), 0));
+    }
+    for (const Run& run : chunk.runs) copy_run(chunk, run, here.staged, staging);
+    if (here.staged && !to_host) move_pieces(chunk, staging, copies_.get());
+    MOEVEMENT_CUDA(cudaEventRecord(here.over.get(), copies_.get()));
+    // A later gather may read what this chunk writes.
+    if (!to_host && staging_bytes_ != 0) MOEVEMENT_CUDA(cudaStreamWaitEvent(gathers_.get(), here.over.get(), 0));
+  }
+
+  void finish(std::size_t slot) override {
+    MOEVEMENT_CUDA(cudaEventSynchronize(slots_[slot]->over.get()));
+    if (slots_[slot]->staged) ring_.give_back_oldest();
+  }
+
+  void drain() noexcept override {
+    (void)cudaStreamSynchronize(gathers_.get());
+    (void)cudaStreamSynchronize(copies_.get());
+    ring_.clear();
+  }
 
   bool usable() noexcept override {
     (void)cudaGetLastError();
-    const cudaError_t code = cudaStreamQuery(side_->get());
-    return code == cudaSuccess || code == cudaErrorNotReady;
+    return works(copies_) && works(gathers_);
   }
 
   bool register_host(std::uint64_t address, std::uint64_t nbytes) override {
@@ -135,15 +213,48 @@ class CudaDevice final : public CopyDevice {
   }
 
  private:
+  static bool works(const SideStream& stream) noexcept {
+    const cudaError_t code = cudaStreamQuery(stream.get());
+    if (code == cudaErrorNotReady) (void)cudaGetLastError();
+    return code == cudaSuccess || code == cudaErrorNotReady;
+  }
+
+  // In this device's memory: the kernel cannot count on reaching another one's.
+  bool on_device(std::uint64_t address) const {
+    cudaPointerAttributes found{};
+    MOEVEMENT_CUDA(cudaPointerGetAttributes(&found, reinterpret_cast<const void*>(address)));
+    return found.type == cudaMemoryTypeDevice && found.device == index_;
+  }
+
+  void copy_run(const Chunk& chunk, const Run& run, bool staged, std::uint64_t staging) {
+    const CopyPiece& first = chunk.pieces[run.first];
+    if (!run.gathered() || !staged) {
+      for (std::size_t index = run.first; index < run.first + run.count; ++index) {
+        const CopyPiece& piece = chunk.pieces[index];
+        copy_async(piece.source, piece.destination, piece.bytes, copies_.get());
+      }
+    } else if (chunk.direction == Direction::to_host) {
+      copy_async(staging + run.staging, first.destination, run.bytes, copies_.get());
+    } else {
+      copy_async(first.source, staging + run.staging, run.bytes, copies_.get());
+    }
+  }
+
   int index_;
-  std::unique_ptr<SideStream> side_;
-  std::vector<std::unique_ptr<Event>> chunks_;
+  std::uint64_t staging_bytes_;
+  SideStream copies_;
+  SideStream gathers_;
+  DeviceMemory staging_;
+  StagingRing ring_;  // worker thread only
+  std::vector<std::unique_ptr<Slot>> slots_;
 };
 
 }  // namespace
 
-std::unique_ptr<CopyDevice> make_cuda_device(int index, std::size_t slots) {
-  return std::make_unique<CudaDevice>(index, slots);
+std::unique_ptr<CopyDevice> make_cuda_device(int index, std::uint64_t gather_bytes_limit) {
+  check_index(index);
+  const DeviceGuard guard(index);
+  return std::make_unique<CudaDevice>(index, gather_built() ? gather_bytes_limit : 0);
 }
 
 const char* cuda_version() {
@@ -152,18 +263,35 @@ const char* cuda_version() {
   return version.c_str();
 }
 
+bool gather_built() noexcept {
+#ifdef MOEVEMENT_WITH_GATHER
+  return true;
+#else
+  return false;
+#endif
+}
+
+#ifndef MOEVEMENT_WITH_GATHER
+// Without nvcc no staging memory is given out and this is never called.
+int launch_gather(const GatherTable&, std::uint64_t, bool, void*) noexcept {
+  return static_cast<int>(cudaErrorNotSupported);
+}
+#endif
+
 }  // namespace moevement
 
 #else  // MOEVEMENT_WITH_CUDA
 
 namespace moevement {
 
-std::unique_ptr<CopyDevice> make_cuda_device(int, std::size_t) {
+std::unique_ptr<CopyDevice> make_cuda_device(int, std::uint64_t) {
   throw EngineError(std::string("this build has no CUDA copy engine; build again where the CUDA toolkit is found") +
                     MOEVEMENT_HERE);
 }
 
 const char* cuda_version() { return nullptr; }
+
+bool gather_built() noexcept { return false; }
 
 }  // namespace moevement
 

@@ -1,7 +1,9 @@
-// The worker thread's half of the copy engine: it takes ticket after ticket and feeds the device with chunks.
+// The worker thread's half of the copy engine: it picks the next chunk and feeds the device with it.
+#include <pthread.h>
+
 #include <algorithm>
 #include <exception>
-#include <numeric>
+#include <iterator>
 #include <utility>
 
 #include "copy_engine.h"
@@ -10,10 +12,28 @@
 namespace moevement {
 namespace {
 
-// Small pieces share one chunk, but not so many that a cancel waits long for it.
-constexpr std::size_t kMaxPiecesPerChunk = 64;
 // Latency between the end of the work before a fence and the first chunk; a poll costs about a microsecond.
 constexpr auto kFencePollEvery = std::chrono::microseconds(50);
+// Descriptors hold 32-bit offsets.
+constexpr std::uint64_t kMaxStagingShare = std::uint64_t{1} << 31;
+// Keeps the clock's arithmetic in range for a small ticket that is spread over days.
+constexpr double kLongestBurstSeconds = 1e6;
+constexpr std::size_t kMaxNamedGroups = 4;
+
+// The names of the groups that have bytes between `begin` and `end`, as the start of an error.
+template <typename Groups>
+std::string copying(const Groups& groups, std::uint64_t begin, std::uint64_t end) {
+  std::string text;
+  std::size_t found = 0;
+  std::uint64_t group_begin = 0;
+  for (const auto& [name, group_end] : groups) {
+    if (group_begin < end && group_end > begin && ++found <= kMaxNamedGroups) text += (found > 1 ? ", " : "") + name;
+    group_begin = group_end;
+  }
+  if (found == 0) return "";
+  if (found > kMaxNamedGroups) text += " and " + std::to_string(found - kMaxNamedGroups) + " more";
+  return "copying " + text + ": ";
+}
 
 }  // namespace
 
@@ -22,8 +42,10 @@ void CopyEngine::finish(Ticket& ticket, TicketState state, const std::string& er
   ticket.state = state;
   ticket.error = error;
   ticket.finished = Clock::now();
-  ticket.pieces = {};
+  ticket.cursor = {};
+  ticket.groups = {};
   ticket.fence.reset();
+  --unfinished_;
   finished_order_.push_back(ticket.id);
   while (finished_order_.size() > limits_.max_finished_tickets) {
     tickets_.erase(finished_order_.front());
@@ -32,117 +54,244 @@ void CopyEngine::finish(Ticket& ticket, TicketState state, const std::string& er
   finished_.notify_all();
 }
 
+// Caller holds the lock. Ends a ticket that has nothing in flight and nothing to start.
+void CopyEngine::settle(Ticket& ticket) {
+  if (is_finished(ticket) || ticket.in_flight != 0 || pending_.count(key(ticket)) != 0) return;
+  finish(ticket, ticket.copied == ticket.total_bytes ? TicketState::done : TicketState::cancelled, "");
+}
+
 // Caller holds the lock.
 void CopyEngine::fail_engine(const std::string& error) {
   failure_ = error;
-  for (const TicketRef& ticket : std::exchange(queue_, {})) {
+  flights_.clear();
+  pending_.clear();
+  std::vector<TicketRef> unfinished;
+  for (const auto& [id, ticket] : tickets_) {
+    if (!is_finished(*ticket)) unfinished.push_back(ticket);
+  }
+  for (const TicketRef& ticket : unfinished) {
     finish(*ticket, TicketState::failed, "the copy engine ended before it: " + error);
   }
 }
 
+// Caller holds the lock.
+void CopyEngine::drop_cancelled() {
+  for (auto next = pending_.begin(); next != pending_.end();) {
+    const TicketRef ticket = next->second;
+    const auto here = next++;
+    if (!ticket->cancel_requested) continue;
+    pending_.erase(here);
+    if (ticket->state == TicketState::queued) {
+      finish(*ticket, TicketState::cancelled, "");
+    } else {
+      settle(*ticket);
+    }
+  }
+}
+
+// Caller holds the lock. The oldest ticket of each priority, the highest priority first.
+std::vector<CopyEngine::TicketRef> CopyEngine::heads() const {
+  std::vector<TicketRef> found;
+  for (const auto& [key, ticket] : pending_) {
+    if (found.empty() || found.back()->priority != ticket->priority) found.push_back(ticket);
+  }
+  return found;
+}
+
+// Caller holds the lock.
+bool CopyEngine::paused(Clock::time_point now) {
+  if (now >= pause_end_) pauses_ = 0;
+  return pauses_ != 0;
+}
+
+// Caller holds the lock.
+std::size_t CopyEngine::burst() const {
+  const std::size_t wanted =
+      limits_.burst_chunks_in_flight != 0 ? limits_.burst_chunks_in_flight : 2 * chunks_in_flight_;
+  return std::min(std::max(wanted, chunks_in_flight_), kMaxChunksInFlight);
+}
+
+// Caller holds the lock. One part more than chunks in flight, so that the end of the staging memory can stay unused.
+std::uint64_t CopyEngine::staging_share() const {
+  const std::uint64_t share = device_->staging_bytes() / (burst() + 1) / kStagingAlignment * kStagingAlignment;
+  return std::min(share, kMaxStagingShare);
+}
+
 void CopyEngine::run() {
+  (void)::pthread_setname_np(::pthread_self(), "moe-copy");
   try {
     device_->enter_worker();
+    while (step()) {
+    }
   } catch (const std::exception& problem) {
+    // Of the device at the start, or of a system without memory later on.
+    device_->drain();
     const Lock lock(mutex_);
     fail_engine(problem.what());
-    return;
-  }
-  Lock lock(mutex_);
-  while (true) {
-    work_.wait(lock, [this] { return closing_ || !queue_.empty(); });
-    if (closing_) return;
-    running_ = std::move(queue_.front());
-    queue_.pop_front();
-    Ticket& ticket = *running_;
-    ticket.state = TicketState::running;
-    lock.unlock();
-
-    TicketState outcome = TicketState::failed;
-    std::string error;
-    bool usable = true;
-    try {
-      outcome = await_fence(ticket) && copy_chunks(ticket) ? TicketState::done : TicketState::cancelled;
-    } catch (const std::exception& problem) {
-      error = problem.what();
-      device_->drain();
-      usable = device_->usable();
-    }
-
-    lock.lock();
-    const TicketRef finished = std::exchange(running_, nullptr);
-    finish(*finished, outcome, error);
-    if (!usable) {
-      fail_engine(error);
-      return;
-    }
   }
 }
 
-// False when the ticket is cancelled first.
-bool CopyEngine::await_fence(Ticket& ticket) {
-  while (ticket.fence && !ticket.fence->passed()) {
-    Lock lock(mutex_);
-    if (work_.wait_for(lock, kFencePollEvery, [&] { return ticket.cancel_requested.load(); })) return false;
+// Starts one chunk, finishes one, or sleeps. False when the engine is over.
+bool CopyEngine::step() {
+  std::vector<TicketRef> candidates;
+  std::uint64_t seen = 0;
+  {
+    const Lock lock(mutex_);
+    drop_cancelled();
+    if (closing_ && pending_.empty() && flights_.empty()) return false;
+    candidates = heads();
+    seen = changes_;
+  }
+  auto wake = Clock::time_point::max();
+  for (const TicketRef& ticket : candidates) {
+    try {
+      if (!ready(*ticket, wake)) continue;
+    } catch (const std::exception& problem) {
+      return fail(ticket, problem.what(), false);
+    }
+    return serve(ticket);
+  }
+  if (!flights_.empty()) return finish_oldest();
+  sleep(seen, wake);
+  return true;
+}
+
+// Whether the ticket may start a chunk now; else `wake` is brought forward to when it is to be asked again.
+bool CopyEngine::ready(Ticket& ticket, Clock::time_point& wake) {
+  std::shared_ptr<Fence> fence;
+  {
+    const Lock lock(mutex_);
+    if (is_finished(ticket)) return false;
+    fence = ticket.fence;
+  }
+  // Without the lock: a device that is busy for others must not hold up who only asks for a state.
+  const bool passed = !fence || fence->passed();
+  const Lock lock(mutex_);
+  const auto now = Clock::now();
+  auto at = next_copy_at_;
+  if (!passed) {
+    at = now + kFencePollEvery;
+  } else {
+    ticket.fence.reset();
+    if (!ticket.hurried) {
+      at = std::max(at, ticket.next_at);
+      if (ticket.priority == 0 && paused(now)) at = std::max(at, pause_end_);
+    }
+  }
+  if (passed && at <= now) return true;
+  wake = std::min(wake, at);
+  return false;
+}
+
+// Starts the ticket's next chunk, or finishes another one first.
+bool CopyEngine::serve(const TicketRef& ticket) {
+  if (!has_room(*ticket)) return finish_oldest();
+  const auto rules = begin_chunk(*ticket);
+  if (!rules) return true;
+  Chunk chunk;
+  try {
+    if (!ticket->direction) ticket->direction = device_->direction(ticket->cursor.front());
+    chunk = ticket->cursor.next({rules->chunk_bytes, rules->staging_bytes, *ticket->direction});
+    pay(*ticket, chunk, *rules);
+    device_->copy_chunk(chunk, next_slot_);
+  } catch (const std::exception& problem) {
+    return fail(ticket, copying(ticket->groups, chunk.offset, chunk.offset + chunk.bytes) + problem.what(), false);
   }
   const Lock lock(mutex_);
-  ticket.started = Clock::now();
-  ticket.has_started = true;
+  flights_.push_back({ticket, next_slot_, chunk.offset, chunk.bytes});
+  next_slot_ = (next_slot_ + 1) % kMaxChunksInFlight;
+  ++ticket->in_flight;
+  if (ticket->cursor.at_end()) pending_.erase(key(*ticket));
   return true;
 }
 
-// Waits until `bytes` more keep within the bandwidth limit. False when the ticket is cancelled first.
-bool CopyEngine::pace(Ticket& ticket, std::uint64_t bytes) {
-  if (ticket.cancel_requested.load()) return false;
-  if (limits_.bytes_per_second_limit == 0) return true;
-  // Idle time earns no burst: the limit protects others on the link now, whatever happened before.
-  const auto start = std::max(next_copy_at_, Clock::now());
-  next_copy_at_ = start + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(
-                              static_cast<double>(bytes) / limits_.bytes_per_second_limit));
-  Lock lock(mutex_);
-  return !work_.wait_until(lock, start, [&] { return ticket.cancel_requested.load(); });
+bool CopyEngine::has_room(const Ticket& ticket) {
+  const Lock lock(mutex_);
+  // An empty ticket is done when everything before it is.
+  if (ticket.total_bytes == 0) return flights_.empty();
+  return flights_.size() < (ticket.hurried ? burst() : chunks_in_flight_);
 }
 
-// False when the ticket is cancelled first; nothing is in flight after it returns.
-bool CopyEngine::copy_chunks(Ticket& ticket) {
-  std::vector<std::uint64_t> slots(limits_.chunks_in_flight, 0);  // bytes in flight in each slot
-  std::size_t slot = 0;
-  std::size_t pieces = 0;
-  std::uint64_t filled = 0;
-  const auto end_chunk = [&] {
-    device_->mark(slot);
-    slots[slot] = filled;
-    slot = (slot + 1) % slots.size();
-    pieces = 0;
-    filled = 0;
+// The rules for the ticket's next chunk (its direction is not known yet); none when it has none to start.
+std::optional<ChunkRules> CopyEngine::begin_chunk(Ticket& ticket) {
+  const Lock lock(mutex_);
+  if (is_finished(ticket) || ticket.cancel_requested) return std::nullopt;
+  if (!ticket.has_started) {
+    ticket.state = TicketState::running;
+    ticket.started = Clock::now();
+    ticket.next_at = ticket.started;
+    ticket.has_started = true;
+  }
+  if (ticket.total_bytes == 0) {
+    pending_.erase(key(ticket));
+    settle(ticket);
+    return std::nullopt;
+  }
+  return ChunkRules{chunk_bytes_, staging_share(), Direction::other};
+}
+
+// Sets when the next chunk of the ticket, and of any ticket, may start.
+void CopyEngine::pay(Ticket& ticket, const Chunk& chunk, const ChunkRules& rules) {
+  const auto now = Clock::now();
+  const auto bytes = static_cast<double>(chunk.bytes);
+  if (ticket.spread_rate > 0) {
+    // Time in which it could not be served is lost but for one chunk, or it would make up for it at full speed.
+    const double one_chunk = static_cast<double>(rules.chunk_bytes) / ticket.spread_rate;
+    const auto earliest = now - duration_of(std::min(one_chunk, kLongestBurstSeconds));
+    ticket.next_at = std::max(ticket.next_at, earliest) + duration_of(bytes / ticket.spread_rate);
+  }
+  if (limits_.bytes_per_second_limit > 0) {
+    // Idle time earns no burst: the limit protects others on the link now, whatever happened before.
+    next_copy_at_ = std::max(next_copy_at_, now) + duration_of(bytes / limits_.bytes_per_second_limit);
+  }
+}
+
+bool CopyEngine::finish_oldest() {
+  const Flight oldest = flights_.front();
+  try {
+    device_->finish(oldest.slot);
+  } catch (const std::exception& problem) {
+    const auto names = copying(oldest.ticket->groups, oldest.offset, oldest.offset + oldest.bytes);
+    return fail(oldest.ticket, names + problem.what(), true);
+  }
+  const Lock lock(mutex_);
+  flights_.pop_front();
+  oldest.ticket->copied += oldest.bytes;
+  --oldest.ticket->in_flight;
+  settle(*oldest.ticket);
+  return true;
+}
+
+// Ends the ticket, and with `doubt_others` all that have chunks in flight. False when the engine is over.
+bool CopyEngine::fail(const TicketRef& ticket, const std::string& error, bool doubt_others) {
+  device_->drain();
+  const bool usable = device_->usable();
+  const Lock lock(mutex_);
+  const auto end = [&](Ticket& failed) {
+    if (is_finished(failed)) return;
+    pending_.erase(key(failed));
+    finish(failed, TicketState::failed, error);
   };
-  for (const CopyPiece& piece : ticket.pieces) {
-    for (std::uint64_t offset = 0; offset < piece.bytes;) {
-      const std::uint64_t bytes = std::min(limits_.chunk_bytes - filled, piece.bytes - offset);
-      if (!pace(ticket, bytes)) {
-        device_->drain();
-        ticket.copied += filled + std::accumulate(slots.begin(), slots.end(), std::uint64_t{0});
-        return false;
-      }
-      if (slots[slot] != 0) {
-        device_->finish(slot);
-        ticket.copied += std::exchange(slots[slot], 0);
-      }
-      device_->copy(piece.source + offset, piece.destination + offset, bytes);
-      offset += bytes;
-      filled += bytes;
-      ++pieces;
-      if (filled == limits_.chunk_bytes || pieces == kMaxPiecesPerChunk) end_chunk();
-    }
+  const std::deque<Flight> flights = std::exchange(flights_, {});
+  for (const Flight& flight : flights) {
+    flight.ticket->copied += flight.bytes;
+    --flight.ticket->in_flight;
+    if (doubt_others) end(*flight.ticket);
   }
-  if (filled != 0) end_chunk();
-  for (std::size_t step = 0; step < slots.size(); ++step) {
-    const std::size_t oldest = (slot + step) % slots.size();
-    if (slots[oldest] == 0) continue;
-    device_->finish(oldest);
-    ticket.copied += slots[oldest];
+  end(*ticket);
+  for (const Flight& flight : flights) settle(*flight.ticket);
+  if (!usable) fail_engine(error);
+  return usable;
+}
+
+void CopyEngine::sleep(std::uint64_t seen, Clock::time_point wake) {
+  Lock lock(mutex_);
+  const auto changed = [&] { return changes_ != seen; };
+  if (wake == Clock::time_point::max()) {
+    work_.wait(lock, changed);
+  } else {
+    work_.wait_until(lock, wake, changed);
   }
-  return true;
 }
 
 }  // namespace moevement

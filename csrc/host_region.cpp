@@ -3,8 +3,10 @@
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <limits>
@@ -17,6 +19,8 @@ namespace {
 
 // A signal interrupts posix_fallocate on tmpfs and undoes it; a periodic signal must not keep it busy for ever.
 constexpr int kMaxInterruptedTries = 64;
+constexpr std::uint64_t kReserveBlockBytes = std::uint64_t{256} << 20;
+constexpr long kTmpfsMagic = 0x01021994;
 
 std::string reason(int code, const char* call, const char* here) {
   return std::string(std::strerror(code)) + " in " + call + here;
@@ -63,6 +67,7 @@ class Mapping {
   ~Mapping() {
     if (address_ != nullptr) ::munmap(address_, nbytes_);
   }
+  Mapping(Mapping&& other) noexcept : address_(other.release()), nbytes_(other.nbytes_) {}
   Mapping(const Mapping&) = delete;
   Mapping& operator=(const Mapping&) = delete;
   void* address() const { return address_; }
@@ -73,23 +78,54 @@ class Mapping {
   std::size_t nbytes_;
 };
 
-void reserve_space(int fd, std::uint64_t nbytes, const std::string& path) {
-  // The space is taken now: a sparse file would turn a full file system into a SIGBUS in the middle of a copy.
-  int code = EINTR;
-  for (int attempt = 0; attempt < kMaxInterruptedTries && code == EINTR; ++attempt) {
-    code = ::posix_fallocate(fd, 0, static_cast<off_t>(nbytes));
-  }
-  if (code != 0) throw MOEVEMENT_OS_ERROR(code, "posix_fallocate", path);
+bool in_memory(int fd, const std::string& path) {
+  struct statfs system {};
+  if (::fstatfs(fd, &system) != 0) throw MOEVEMENT_OS_ERROR(errno, "fstatfs", path);
+  return system.f_type == kTmpfsMagic;
 }
 
+// Block by block, for the sake of the progress function.
+void reserve_space(int fd, std::uint64_t nbytes, const std::string& path, const Progress& progress) {
+  for (std::uint64_t offset = 0; offset < nbytes; offset += kReserveBlockBytes) {
+    const std::uint64_t bytes = std::min(kReserveBlockBytes, nbytes - offset);
+    int code = EINTR;
+    for (int attempt = 0; attempt < kMaxInterruptedTries && code == EINTR; ++attempt) {
+      code = ::posix_fallocate(fd, static_cast<off_t>(offset), static_cast<off_t>(bytes));
+    }
+    if (code != 0) throw MOEVEMENT_OS_ERROR(code, "posix_fallocate", path);
+    if (progress) progress(offset + bytes);
+  }
+}
+
+// The file is new and all zero, so that writing a zero changes nothing.
 void touch_pages(void* address, std::size_t nbytes) {
-#ifdef MADV_POPULATE_WRITE
-  if (::madvise(address, nbytes, MADV_POPULATE_WRITE) == 0) return;
-#endif
-  // Kernels before 5.14 lack the call above. The file is new and all zero, so that writing a zero changes nothing.
   const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
   auto* bytes = static_cast<volatile unsigned char*>(address);
   for (std::size_t offset = 0; offset < nbytes; offset += page) bytes[offset] = 0;
+}
+
+// The space is taken now: a sparse file would turn a full file system into a SIGBUS in the middle of a copy. In shared
+// memory, mapping the pages takes it, and several threads can do that; on a disk, where space is only promised when a
+// page is written back, it is reserved first.
+Mapping map_new(int fd, std::uint64_t nbytes, bool prefault, const FillOptions& options, const std::string& path) {
+  const bool memory = in_memory(fd, path);
+  if (memory) {
+    if (::ftruncate(fd, static_cast<off_t>(nbytes)) != 0) throw MOEVEMENT_OS_ERROR(errno, "ftruncate", path);
+  } else {
+    // The pages are the slower half: they alone count as progress where there are any.
+    const Progress nothing_yet = [&](std::uint64_t) { options.progress(0); };
+    reserve_space(fd, nbytes, path, prefault && options.progress ? nothing_yet : options.progress);
+  }
+  Mapping mapping(fd, nbytes, PROT_READ | PROT_WRITE, path);
+  if (options.huge_pages) prefer_huge_pages(mapping.address(), nbytes);
+  prefer_local_memory(mapping.address(), nbytes);
+  if ((memory || prefault) &&
+      !populate(mapping.address(), nbytes, Access::write, options.threads, options.progress, path)) {
+    if (memory) reserve_space(fd, nbytes, path, options.progress);
+    touch_pages(mapping.address(), nbytes);
+  }
+  if (options.progress) options.progress(nbytes);
+  return mapping;
 }
 
 }  // namespace
@@ -101,23 +137,25 @@ HostRegion::~HostRegion() {
   if (address_ != nullptr) ::munmap(address_, nbytes_);
 }
 
-std::unique_ptr<HostRegion> HostRegion::create(const std::string& path, std::uint64_t nbytes, bool prefault) {
+std::unique_ptr<HostRegion> HostRegion::create(const std::string& path, std::uint64_t nbytes, bool prefault,
+                                               const FillOptions& options) {
   if (nbytes == 0 || nbytes > static_cast<std::uint64_t>(std::numeric_limits<off_t>::max())) {
     throw std::invalid_argument("nbytes must be 1 to 2^63-1, got " + std::to_string(nbytes) + MOEVEMENT_HERE);
   }
+  check_populate_threads(options.threads);
   const FileDescriptor file(::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, S_IRUSR | S_IWUSR));
   if (file.get() < 0) throw MOEVEMENT_OS_ERROR(errno, "open", path);
   NewFile made(path);
-  reserve_space(file.get(), nbytes, path);
-  Mapping mapping(file.get(), nbytes, PROT_READ | PROT_WRITE, path);
-  if (prefault) touch_pages(mapping.address(), nbytes);
+  Mapping mapping = map_new(file.get(), nbytes, prefault, options, path);
   std::unique_ptr<HostRegion> region(new HostRegion(path, mapping.address(), nbytes, true));
   mapping.release();
   made.keep();
   return region;
 }
 
-std::unique_ptr<HostRegion> HostRegion::open(const std::string& path, bool writable) {
+std::unique_ptr<HostRegion> HostRegion::open(const std::string& path, bool writable, std::size_t populate_threads,
+                                             const Progress& progress) {
+  if (populate_threads != 0) check_populate_threads(populate_threads);
   const FileDescriptor file(::open(path.c_str(), (writable ? O_RDWR : O_RDONLY) | O_CLOEXEC));
   if (file.get() < 0) throw MOEVEMENT_OS_ERROR(errno, "open", path);
   struct stat status {};
@@ -126,6 +164,10 @@ std::unique_ptr<HostRegion> HostRegion::open(const std::string& path, bool writa
   if (status.st_size <= 0) throw MOEVEMENT_OS_ERROR(EINVAL, "open: the file is empty", path);
   const auto nbytes = static_cast<std::size_t>(status.st_size);
   Mapping mapping(file.get(), nbytes, writable ? PROT_READ | PROT_WRITE : PROT_READ, path);
+  // Where the kernel cannot do it, the pages are mapped when they are first read.
+  if (populate_threads != 0) {
+    (void)populate(mapping.address(), nbytes, Access::read, populate_threads, progress, path);
+  }
   std::unique_ptr<HostRegion> region(new HostRegion(path, mapping.address(), nbytes, writable));
   mapping.release();
   return region;

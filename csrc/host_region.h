@@ -7,16 +7,28 @@
 #include <memory>
 #include <string>
 
+#include "populate.h"
+
 namespace moevement {
+
+struct FillOptions {
+  std::size_t threads = 1;
+  bool huge_pages = true;
+  Progress progress = {};
+};
 
 class HostRegion {
  public:
-  // Makes a new file of `nbytes` bytes, all zero, reserves its space at once and maps it writable. With `prefault`
-  // every page is in this process's page table before the call returns. Throws OsError (EEXIST, ENOSPC, ...) and leaves
-  // no file behind that it made; std::invalid_argument when `nbytes` is 0 or too large for a file offset.
-  static std::unique_ptr<HostRegion> create(const std::string& path, std::uint64_t nbytes, bool prefault);
-  // Maps a whole existing file. Throws OsError; EINVAL when the file is empty or no regular file.
-  static std::unique_ptr<HostRegion> open(const std::string& path, bool writable);
+  // Makes a new file of `nbytes` bytes, all zero, takes its space at once and maps it writable. With `prefault`, and
+  // always in shared memory, every page is in this process's page table before the call returns. Throws OsError
+  // (EEXIST, ENOSPC, ...) and what the progress function throws, and leaves no file behind that it made;
+  // std::invalid_argument when `nbytes` is 0 or too large for a file offset.
+  static std::unique_ptr<HostRegion> create(const std::string& path, std::uint64_t nbytes, bool prefault,
+                                            const FillOptions& options = {});
+  // Maps a whole existing file, with its pages where `populate_threads` is not 0. Throws OsError; EINVAL when the file
+  // is empty or no regular file.
+  static std::unique_ptr<HostRegion> open(const std::string& path, bool writable, std::size_t populate_threads = 0,
+                                          const Progress& progress = {});
 
   ~HostRegion();
   HostRegion(const HostRegion&) = delete;

@@ -1,4 +1,4 @@
-"""Host memory that outlives a process, and a paced copy engine: the Python face of the native core in csrc/.
+"""Host memory that outlives a process, a paced copy engine, digests: the Python face of the native core in csrc/.
 
 The core knows addresses, sizes and stream handles only, never tensors. Addresses come from HostRegion.address and from
 torch.Tensor.data_ptr(); who passes one keeps the memory alive until the copy is finished. Its signatures are in _C.pyi,
@@ -10,9 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moevement_ext import _C
-from moevement_ext._C import CopyEngine, CopyStats, EngineError, HostRegion
+from moevement_ext._C import DIGEST_CHUNK_BYTES, CopyEngine, CopyStats, DigestPool, EngineError, HostRegion
 
-__all__ = ["BuildInfo", "CopyEngine", "CopyStats", "EngineError", "HostRegion", "build_info"]
+__all__ = [
+    "DIGEST_CHUNK_BYTES",
+    "BuildInfo",
+    "CopyEngine",
+    "CopyStats",
+    "DigestPool",
+    "EngineError",
+    "HostRegion",
+    "build_info",
+]
 
 
 @dataclass(frozen=True)
@@ -25,9 +34,11 @@ class BuildInfo:
     """Version of the CUDA runtime, such as "13.0"; None without CUDA."""
     compiler: str
     """Name and version of the C++ compiler."""
+    gather: bool
+    """Whether the CUDA engine copies small pieces together, by way of a kernel."""
 
 
 def build_info() -> BuildInfo:
     """What the native core was built with; needs no GPU."""
-    cuda, cuda_version, compiler = _C.build_info()
-    return BuildInfo(cuda=cuda, cuda_version=cuda_version, compiler=compiler)
+    cuda, cuda_version, compiler, gather = _C.build_info()
+    return BuildInfo(cuda=cuda, cuda_version=cuda_version, compiler=compiler, gather=gather)

@@ -69,7 +69,7 @@ def test_full_file_system_is_enospc_and_leaves_no_file(tiny_tmpfs: Path, prefaul
         HostRegion.create(path, 2 * MIB, prefault=prefault)
     assert caught.value.errno == errno.ENOSPC
     assert caught.value.filename == str(path)
-    assert "host_region.cpp:" in str(caught.value)
+    assert "populate.cpp:" in str(caught.value)
     assert list(tiny_tmpfs.iterdir()) == []
     # What was taken meanwhile is given back: nearly all of it can be had, and written.
     with HostRegion.create(path, MIB - 65536, prefault=prefault) as region:
@@ -160,3 +160,55 @@ def test_a_view_keeps_a_forgotten_region_mapped(shm_path: Path) -> None:
     gc.collect()
     view[100] = 7
     assert shm_path.read_bytes()[100] == 7
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("huge_pages", [False, True])
+def test_pages_are_filled_by_threads(shm_path: Path, threads: int, huge_pages: bool) -> None:
+    done: list[int] = []
+    nbytes = 300 * MIB + 5
+    with HostRegion.create(shm_path, nbytes, True, threads, huge_pages, done.append) as region:
+        assert done == sorted(done)
+        assert done[-1] == nbytes
+        # The file has its space, although nothing is written to it.
+        assert shm_path.stat().st_blocks * 512 >= nbytes
+        memoryview(region)[nbytes - 1 : nbytes] = b"\7"
+        with HostRegion.open(shm_path, populate_threads=threads) as reader:
+            assert memoryview(reader)[nbytes - 1] == 7
+            assert memoryview(reader)[0] == 0
+
+
+def test_an_error_of_the_progress_function_ends_the_creation(shm_path: Path, tmp_path: Path) -> None:
+    def refuse(done: int) -> None:
+        raise RuntimeError(f"enough after {done}")
+
+    for path in (shm_path, tmp_path / "region"):
+        with pytest.raises(RuntimeError, match="enough"):
+            HostRegion.create(path, MIB, progress=refuse)
+        assert not path.exists()
+        with pytest.raises(TypeError, match="progress"):
+            HostRegion.create(path, MIB, progress=1)  # type: ignore[arg-type]
+        assert not path.exists()
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_threads_meet_a_full_file_system(tiny_tmpfs: Path, threads: int) -> None:
+    with pytest.raises(OSError, match="No space left") as caught:
+        HostRegion.create(tiny_tmpfs / "region", 1024 * MIB, prefault=True, threads=threads)
+    assert caught.value.errno == errno.ENOSPC
+    assert list(tiny_tmpfs.iterdir()) == []
+    # A file with a hole has no page for it there either.
+    hole = tiny_tmpfs / "hole"
+    with hole.open("wb") as file:
+        file.truncate(2 * MIB)
+    with pytest.raises(OSError, match="No space left"):
+        HostRegion.open(hole, populate_threads=threads)
+
+
+def test_thread_counts_are_checked(shm_path: Path) -> None:
+    for threads in (0, 65):
+        with pytest.raises(ValueError, match="threads"):
+            HostRegion.create(shm_path, 64, threads=threads)
+    HostRegion.create(shm_path, 64).close()
+    with pytest.raises(ValueError, match="threads"):
+        HostRegion.open(shm_path, populate_threads=65)

@@ -1,0 +1,8 @@
+// The native tests; each returns how many of its tests failed.
+#pragma once
+
+int test_chunking();
+int test_engine();
+int test_schedule();
+int test_region();
+int test_digest();
