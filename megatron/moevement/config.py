@@ -5,6 +5,7 @@ from it, so that a flag can't be documented and not exist, or exist and be ignor
 """
 
 import argparse
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from megatron.moevement.errors import ConfigError
 
 GIB = 1 << 30
 MIB = 1 << 20
+MAX_DIGEST_THREADS = 64
 
 
 def _knob(default: Any, flag: str, text: str, **extra: Any) -> Any:
@@ -131,6 +133,13 @@ class SparseCheckpointConfig:
         type=on_off_argument,
         metavar="on|off",
     )
+    digest_threads: int = _knob(
+        0,
+        "--sparse-ckpt-digest-threads",
+        "Threads per rank that digest slots and fill their memory; 0 is half of the rank's share of the cores, 8 at "
+        "most.",
+        unit="threads",
+    )
     dense_interval: int = _knob(
         0,
         "--sparse-ckpt-dense-interval",
@@ -191,6 +200,8 @@ class SparseCheckpointConfig:
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ConfigError(f"{flag_of(name)} {getattr(self, name)}: must be at least {low}")
+        if not 0 <= self.digest_threads <= MAX_DIGEST_THREADS:
+            raise ConfigError(f"{flag_of('digest_threads')} {self.digest_threads}: must be 0 to {MAX_DIGEST_THREADS}")
         for name in ("host_memory_gib", "bandwidth_gib_per_second", "dense_interval"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{flag_of(name)} {getattr(self, name)}: must not be negative; 0 turns it off")
@@ -199,6 +210,11 @@ class SparseCheckpointConfig:
                 raise ConfigError(f"{flag_of(name)} {getattr(self, name)}: must be between 0 and 1")
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(f"--sparse-ckpt-name {self.name!r}: must be a file name without '/' or a leading dot")
+
+    def threads(self, ranks_on_node: int) -> int:
+        """Threads that digest slots and fill their memory on this rank."""
+        share = len(os.sched_getaffinity(0)) // max(ranks_on_node, 1)
+        return self.digest_threads or max(1, min(8, share // 2))
 
     @property
     def job_directory(self) -> Path:

@@ -3,13 +3,12 @@
 import itertools
 import statistics
 import time
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megatron.moevement.config import SparseCheckpointConfig
-from megatron.moevement.errors import MoevementError, StoreError
+from megatron.moevement.errors import MoevementError
 from megatron.moevement.events import EventLog
 from megatron.moevement.operators.state import TrainingState
 from megatron.moevement.planning import Measured, SparsePlan, make_plan
@@ -22,13 +21,13 @@ from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.schedule.ordering import capture_order, should_reorder
 from megatron.moevement.schedule.slots import SlotSchedule, schedule_of
 from megatron.moevement.schedule.window import divide, slot_bytes
+from megatron.moevement.slot_memory import SlotMemory, together
 from megatron.moevement.snapshot.bandwidth import measure_bandwidth
 from megatron.moevement.snapshot.capture import Capture
 from megatron.moevement.store.committer import Committed, Committer
 from megatron.moevement.store.host_store import HostStore, discard
-from megatron.moevement.store.memory_plan import check_room
 from megatron.moevement.types import IterationRecord, Presence
-from moevement_ext import CopyEngine
+from moevement_ext import CopyEngine, DigestPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +51,10 @@ class Surroundings:
     identity: Mapping[str, Any]
     ranks_on_node: int
     deterministic: bool
+
+
+# What a rank says it can load while its slots' memory isn't pinned yet; slots are captured once all ranks' memory is.
+NOT_PINNED = -2
 
 
 class SparseCheckpointManager:
@@ -78,6 +81,9 @@ class SparseCheckpointManager:
             "--sparse-ckpt-window-mode": config.window_mode,
             "--sparse-ckpt-reorder": config.reorder,
         }
+        self._threads = config.threads(surroundings.ranks_on_node)
+        self._digests = DigestPool(self._threads) if config.digest else None
+        self._memory = SlotMemory(config, agreement, engine, self._path, surroundings.ranks_on_node)
         self._store: HostStore | None = None
         self._capture: Capture | None = None
         self._committer: Committer | None = None
@@ -93,6 +99,11 @@ class SparseCheckpointManager:
         self.plan: SparsePlan | None = None
         self.failed_slots = 0
 
+    @property
+    def capturing(self) -> bool:
+        """Whether iterations take slots: the window is chosen and its memory is pinned on all ranks."""
+        return self._capture is not None
+
     # ------------------------------------------------------------------------------------------------ recovery
 
     def start(self, dense_step: int | None) -> StartPoint:
@@ -107,13 +118,13 @@ class SparseCheckpointManager:
             RecoveryError: the replay wasn't exact.
         """
         if self._config.fresh and restart_count() == 0:
-            self._together(lambda: discard(self._path))
+            together(self._agreement, lambda: discard(self._path))
         path = None if self._config.dry_run else self._path
         wanted = {**self._identity}
         if self._config.window is not None:
             wanted["--sparse-ckpt-window"] = self._config.window
         found = find_store(path, wanted, self._agreement)
-        choice = choose_source(found, self._state, self._agreement, self._config.digest, dense_step)
+        choice = choose_source(found, self._state, self._agreement, self._digests, dense_step)
         self._events.emit("start", run=_run_list(choice), dense_step=choice.dense_step, reasons=choice.reasons)
         if choice.run is None:
             if found.store is not None:
@@ -129,10 +140,11 @@ class SparseCheckpointManager:
     def _recover(self, store: HostStore, choice: Choice) -> StartPoint:
         run = choice.run
         assert run is not None
-        reader = SlotReader(store, self._state.table, self._agreement.rank, self._config.digest)
+        reader = SlotReader(store, self._state.table, self._agreement.rank, self._digests)
         steps_with_work = [*run.steps]
         self._events.emit("recovery_started", first=run.first, last=run.last, replays=run.replays)
-        self._engine.register_host(store.address, store.nbytes)
+        self._memory.pin(store)
+        self._memory.wait_until_pinned()
         conversion = convert(
             self._state, reader, run, self._agreement, self._surroundings.deterministic, self._report_conversion
         )
@@ -173,8 +185,10 @@ class SparseCheckpointManager:
     def begin_iteration(self, step: int) -> None:
         """Starts copying the slot of `step`. A capture that fails is counted and reported, training goes on."""
         self._iteration_starts.append(time.perf_counter())
-        if self._schedule is None:
+        if self._store is None:
             self._measure(step)
+        elif self._capture is None and self._loadable_everywhere > NOT_PINNED:
+            self._begin_captures(step)
         if self._schedule is None or self._capture is None:
             return
         self._maybe_reorder(step)
@@ -207,7 +221,11 @@ class SparseCheckpointManager:
         self._record = record
         if self._store is not None:
             known = self._agreement.finish_minimum()
-            self._loadable_everywhere = max(self._loadable_everywhere, -1 if known is None else known)
+            if known is not None:
+                self._loadable_everywhere = max(self._loadable_everywhere, known)
+            if self._capture is None:
+                self._loadable = -1 if self._memory.pinned else NOT_PINNED
+                self._events.emit("pinning", slots=self._memory.pinned_slots, of=self._store.geometry.slots)
             self._agreement.start_minimum(self._loadable)
         self._events.emit("iteration", **self.status(record))
 
@@ -251,11 +269,9 @@ class SparseCheckpointManager:
         self._agreement.barrier()
         kept = self._store is not None and (self._config.keep or not durable)
         if self._store is not None:
-            self._engine.unregister_host(self._store.address)
-            if kept:
-                self._store.close()
-            else:
-                self._store.remove()
+            self._memory.give_back(self._store, kept)
+        if self._digests is not None:
+            self._digests.close()
         self._engine.close()
         self._events.emit("finished", kept=kept)
         return kept
@@ -278,49 +294,29 @@ class SparseCheckpointManager:
     def _adopt(self, measured: Measured | None, window: int | None) -> None:
         """Makes the plan and takes its memory, on all ranks or on none."""
         self.plan = make_plan(self._config, self._state, self._agreement, measured, window)
-        memory, config = self.plan.memory, self._config
-        existing = sum(self._agreement.gather(self._path.stat().st_size if self._path.exists() else 0))
-        ranks = self._surroundings.ranks_on_node
-        # All ranks look at the free space before the first of them takes any.
-        self._together(lambda: check_room(memory, config.host_memory_gib, config.job_directory, ranks, existing))
-        if config.dry_run:
+        self._memory.check(self.plan)
+        if self._config.dry_run:
             return
-        run_id = self._agreement.gather(uuid.uuid4().hex)[0]
-        created: list[HostStore] = []
-        try:
-            self._together(lambda: created.append(self._create_store(run_id)))
-        except StoreError:
-            for store in created:
-                store.remove()
-            raise
-        self._engine.register_host(created[0].address, created[0].nbytes)
-        self._use(created[0], self.plan.schedule, self._first_step)
-        self._events.emit("plan", **_schedule_fields(self.plan.schedule), memory_bytes=memory.total_bytes)
-
-    def _create_store(self, run_id: str) -> HostStore:
-        assert self.plan is not None
-        memory = self.plan.memory
         identity = {**self._identity, "--sparse-ckpt-window": self.plan.schedule.window}
-        content = {"identity": identity, "run_id": run_id, "operators": self._state.table.to_json()}
-        discard(self._path)
-        return HostStore.create(self._path, content, memory.slots, memory.manifest_bytes, memory.data_bytes)
+        content = {"identity": identity, "operators": self._state.table.to_json()}
+        self._store = self._memory.create(self.plan, content, self._threads)
+        self._events.emit("plan", **_schedule_fields(self.plan.schedule), memory_bytes=self.plan.memory.total_bytes)
+        self._loadable = self._loadable_everywhere = -1 if self._memory.pinned else NOT_PINNED
+        if min(self._agreement.gather(self._loadable)) > NOT_PINNED:
+            self._begin_captures(self._first_step)
 
-    def _together(self, action: Callable[[], None]) -> None:
-        """Does `action` on this rank; a StoreError on any rank is raised on all of them, so that none waits."""
-        problem = ""
-        try:
-            action()
-        except StoreError as error:
-            problem = str(error)
-        problems = [text for text in self._agreement.gather(problem) if text]
-        if problems:
-            raise StoreError(problems[0])
+    def _begin_captures(self, step: int) -> None:
+        """The memory of all ranks is pinned: the first slot is that of `step`."""
+        assert self._store is not None and self.plan is not None
+        self._first_step = step
+        self._events.emit("pinned", step=step, problem=self._memory.problem)
+        self._use(self._store, self.plan.schedule, step)
 
     def _use(self, store: HostStore, schedule: SlotSchedule, step: int) -> None:
         assert self.plan is not None
         self._store, self._schedule = store, schedule
         self._capture = Capture(self._state, store, self._engine, self._agreement.rank, store.content["run_id"])
-        self._committer = Committer(store, self._config.digest, self._on_committed)
+        self._committer = Committer(store, self._digests, self._on_committed)
         self._age = SnapshotAge(self._state.table.names, max(self.plan.longest_run, schedule.window), step)
 
     def _on_committed(self, slot: Committed) -> None:

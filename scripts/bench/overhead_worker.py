@@ -261,8 +261,9 @@ class Snapshots:
 
     def warm_up(self, iterate: Callable[[], object]) -> None:
         """Goes on until the window is chosen and every slot of the ring has been written once."""
-        while self.manager.plan is None:
+        while not self.manager.capturing:
             iterate()
+        assert self.manager.plan is not None
         for _ in range(self.manager.plan.memory.slots):
             iterate()
         self._measured.reset()

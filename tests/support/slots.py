@@ -4,11 +4,13 @@ import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 
+import xxhash
+
 from megatron.moevement.operators.state import MemoryRange
 from megatron.moevement.operators.table import OperatorTable
 from megatron.moevement.snapshot.layout import piece_sizes, slot_layout
 from megatron.moevement.store.format import Manifest
-from megatron.moevement.store.host_store import HostStore
+from megatron.moevement.store.host_store import HostStore, SlotLease
 from megatron.moevement.types import BufferInfo, IterationRecord, Presence, SlotSpec, StartState
 
 BUFFER = BufferInfo("chunk0.bias", "torch.float32", (4,), 16)
@@ -75,3 +77,15 @@ def create_store(path: Path, table: OperatorTable, slots: int = 4) -> HostStore:
     """An empty store with room for any slot of the table."""
     room = slot_layout(table, [o.name for o in table], [], [BUFFER]).nbytes
     return HostStore.create(path, {"identity": {"--seed": 1}, "run_id": "run"}, slots, 32768, room)
+
+
+def write_leased(lease: SlotLease, data: bytes) -> None:
+    """Puts data where a capture would copy it to."""
+    ctypes.memmove(lease.data_address, data, len(data))
+
+
+def expected_digest(data: bytes | memoryview) -> str:
+    """The digest of a region by python-xxhash alone: of the digests of its chunks of 4 MiB."""
+    size = 4 << 20
+    chunks = [xxhash.xxh3_128_digest(data[at : at + size]) for at in range(0, len(data), size)]
+    return xxhash.xxh3_128_hexdigest(b"".join(chunks))

@@ -1,6 +1,7 @@
 """The manager around a toy model: exact after a crash, at every step, and never in the way of training."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from megatron.moevement.recovery.start import store_path
 from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.snapshot.capture import Capture
 from megatron.moevement.store import committer
-from megatron.moevement.store.format import digest_bytes
+from megatron.moevement.store.format import region_digests
 from megatron.moevement.types import SlotSpec
-from moevement_ext import CopyEngine
+from moevement_ext import CopyEngine, DigestPool
+from tests.support.engines import PinningEngine
 from tests.support.tables import small_table
 from tests.support.toy import ToyState, alone, on_ranks
 
@@ -27,14 +29,22 @@ LAST = 14
 class Worker:
     """A rank: its state, its manager and what the manager reported."""
 
-    def __init__(self, directory: Path, agreement: Agreement | None = None, seed: int = 0, **knobs: Any) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        agreement: Agreement | None = None,
+        seed: int = 0,
+        engine: CopyEngine | None = None,
+        **knobs: Any,
+    ) -> None:
         self.config = SparseCheckpointConfig(enabled=True, directory=directory, **{"window": 2, **knobs})
         self.state, self.agreement = ToyState(TABLE, seed), agreement or alone()
         self.events: list[dict[str, Any]] = []
         log = EventLog(None, self.agreement.rank)
         log.listen(self.events.append)
         surroundings = Surroundings({"--seed": 1}, self.agreement.size, deterministic=True)
-        self.manager = SparseCheckpointManager(self.config, self.state, self.agreement, CopyEngine(), log, surroundings)
+        self.engine: CopyEngine = engine or CopyEngine()
+        self.manager = SparseCheckpointManager(self.config, self.state, self.agreement, self.engine, log, surroundings)
 
     def train(self, until: int) -> "Worker":
         """Iterations up to Step `until`."""
@@ -213,12 +223,31 @@ def test_ages_and_memory_stay_in_their_bounds(tmp_path: Path) -> None:
     assert known == sorted(known) and 0 <= known[-1] < LAST
 
 
-def test_slow_digests_make_training_wait_and_cost_no_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(data: bytes | memoryview) -> bytes:
-        time.sleep(0.002)
-        return digest_bytes(data)
+def test_slots_are_taken_once_the_memory_of_all_ranks_is_pinned(tmp_path: Path) -> None:
+    engine = PinningEngine()
+    worker = Worker(tmp_path, engine=engine)
+    worker.manager.start(None)
+    worker.train(3)
+    assert not worker.manager.capturing and not worker.steps("slot") and not worker.steps("slot_failed")
+    engine.go.set()
+    deadline = time.monotonic() + 20
+    while not worker.manager.capturing and time.monotonic() < deadline:
+        worker.train(worker.state.step + 1)
+    first = min(worker.steps("pinned"))
+    worker.train(first + 6).crash()
+    assert min(worker.steps("slot")) == first and not worker.steps("slot_failed")
+    again = Worker(tmp_path, seed=9)
+    again.manager.start(None)
+    again.train(first + 8)
+    assert again.state.everything() == undisturbed(first + 8)
 
-    monkeypatch.setattr(committer, "digest_bytes", slow)
+
+def test_slow_digests_make_training_wait_and_cost_no_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(pool: DigestPool, base: int, regions: Sequence[tuple[str, int, int]]) -> dict[str, str]:
+        time.sleep(0.02)
+        return region_digests(pool, base, regions)
+
+    monkeypatch.setattr(committer, "region_digests", slow)
     worker = Worker(tmp_path, window=3)
     worker.manager.start(None)
     worker.train(LAST).crash()

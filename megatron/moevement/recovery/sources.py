@@ -6,9 +6,10 @@ from megatron.moevement.errors import SlotInvalid
 from megatron.moevement.operators.state import MemoryRange, RecordedOperator
 from megatron.moevement.operators.table import OperatorTable
 from megatron.moevement.snapshot.layout import BUFFERS_REGION, SlotLayout, slot_layout
-from megatron.moevement.store.format import Manifest, digest_bytes
+from megatron.moevement.store.format import Manifest, region_digests
 from megatron.moevement.store.host_store import HostStore
 from megatron.moevement.types import Presence, SlotInfo
+from moevement_ext import DigestPool
 
 
 class SlotReader:
@@ -18,15 +19,15 @@ class SlotReader:
         store: the rank's own store.
         table: the operators that the slots must be of.
         rank: a slot must say that it is this rank's.
-        digest: verify digests; slots that have none are refused then.
+        digests: verifies digests, and slots that have none are refused then; None verifies none.
     """
 
-    def __init__(self, store: HostStore, table: OperatorTable, rank: int, digest: bool) -> None:
+    def __init__(self, store: HostStore, table: OperatorTable, rank: int, digests: DigestPool | None) -> None:
         self._store = store
         self._table = table
         self._rank = rank
         self._run_id = store.content["run_id"]
-        self._digest = digest
+        self._digests = digests
 
     def manifest(self, step: int) -> Manifest:
         """The verified manifest of the slot of `step`.
@@ -54,17 +55,18 @@ class SlotReader:
         """
         manifest = self.manifest(step)
         layout = self.layout(manifest)
-        data, _ = self._store.data(step)
+        data, address = self._store.data(step)
         if layout.nbytes > len(data):
             raise SlotInvalid("longer than its room")
-        if not self._digest:
+        if self._digests is None:
             return
-        for region in layout:
-            if region.name not in manifest.digests:
-                raise SlotInvalid(f"{region.name} has no digest; it was written with --sparse-ckpt-digest off")
-            found = digest_bytes(data[region.offset : region.offset + region.nbytes]).hex()
-            if found != manifest.digests[region.name]:
-                raise SlotInvalid(f"the digest of {region.name} is wrong")
+        undigested = next((region.name for region in layout if region.name not in manifest.digests), None)
+        if undigested is not None:
+            raise SlotInvalid(f"{undigested} has no digest; it was written with --sparse-ckpt-digest off")
+        regions = [(region.name, region.offset, region.nbytes) for region in layout]
+        for name, found in region_digests(self._digests, address, regions).items():
+            if found != manifest.digests[name]:
+                raise SlotInvalid(f"the digest of {name} is wrong")
 
     def verified(self) -> tuple[dict[int, SlotInfo], dict[int, str]]:
         """Usable slots by step, and why the others are not."""

@@ -13,6 +13,7 @@ from megatron.moevement.recovery.sources import SlotReader
 from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.store.host_store import HostStore
 from megatron.moevement.types import Run
+from moevement_ext import DigestPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +78,14 @@ def _mismatch(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) 
 
 
 def choose_source(
-    found: Found, state: TrainingState, agreement: Agreement, digest: bool, dense_step: int | None
+    found: Found, state: TrainingState, agreement: Agreement, digests: DigestPool | None, dense_step: int | None
 ) -> Choice:
     """Agrees on the newest state that all ranks can have. Collective.
 
     Args:
         found: this rank's slots.
         state: for the names of the operators.
-        digest: whether slots are verified.
+        digests: verifies slots; None verifies none.
         dense_step: step of the newest dense checkpoint, None without one. It wins over slots that end earlier.
     """
     reasons = [found.problem] if found.problem else []
@@ -92,7 +93,7 @@ def choose_source(
     run_id = ""
     if found.store is not None:
         run_id = found.store.content["run_id"]
-        usable, rejected = SlotReader(found.store, state.table, agreement.rank, digest).verified()
+        usable, rejected = SlotReader(found.store, state.table, agreement.rank, digests).verified()
         reasons += [f"slot of step {step}: {why}" for step, why in rejected.items()]
         reasons += found.store.rejected
     offers = agreement.gather((run_id, usable, state.table.names, reasons))

@@ -81,6 +81,8 @@ class Capture:
                 np.array(offsets, dtype=np.uint64) + np.uint64(lease.data_address),
                 np.array(sizes, dtype=np.uint64),
                 stream=self._state.stream(),
+                label=f"Step {spec.step}",
+                groups=[(region.name, len(region.sizes)) for region in layout],
             )
         except EngineError as error:
             self._store.abandon(lease)
@@ -103,6 +105,7 @@ class Capture:
             return None, 0.0
         started = time.perf_counter()
         try:
+            self._engine.hurry(under_way.ticket)
             finished = self._engine.wait(under_way.ticket, FENCE_TIMEOUT_SECONDS)
         except EngineError as error:
             self._store.abandon(under_way.lease)

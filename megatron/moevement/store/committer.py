@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megatron.moevement.errors import SlotInvalid
-from megatron.moevement.store.format import Manifest, digest_bytes
+from megatron.moevement.store.format import Manifest, region_digests
 from megatron.moevement.store.host_store import HostStore, SlotLease
+from moevement_ext import DigestPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +38,14 @@ class Committed:
 
 
 class Committer:
-    """One thread, at most one slot behind; `on_committed` runs on the thread after every slot."""
+    """One thread, at most one slot behind; `on_committed` runs on the thread after every slot.
 
-    def __init__(self, store: HostStore, digest: bool, on_committed: Callable[[Committed], None]) -> None:
+    Without `digests` slots are committed without.
+    """
+
+    def __init__(self, store: HostStore, digests: DigestPool | None, on_committed: Callable[[Committed], None]) -> None:
         self._store = store
-        self._digest = digest
+        self._digests = digests
         self._on_committed = on_committed
         self._queue: queue.Queue[CopiedSlot | None] = queue.Queue(1)
         self._thread = threading.Thread(target=self._work, name="moevement-committer", daemon=True)
@@ -86,9 +90,8 @@ class Committer:
     def _commit(self, slot: CopiedSlot) -> Committed:
         started = time.perf_counter()
         digests: dict[str, str] = {}
-        if self._digest:
-            view = self._store.leased_data(slot.lease)
-            digests = {name: digest_bytes(view[at : at + size]).hex() for name, at, size in slot.regions}
+        if self._digests is not None:
+            digests = region_digests(self._digests, slot.lease.data_address, slot.regions)
         seconds = time.perf_counter() - started
         try:
             self._store.commit(slot.lease, replace(slot.manifest, digests=digests), slot.data_bytes)

@@ -10,22 +10,25 @@ reader can tell whether the slot changed under it.
 import base64
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from megatron.moevement.errors import SlotInvalid, StoreError
 from megatron.moevement.types import BufferInfo, IterationRecord, SlotSpec, StartState
+from moevement_ext import DigestPool, EngineError
 
-FORMAT_VERSION = 1
-SUPERBLOCK_MAGIC = b"MOEVSTR\x01"
+FORMAT_VERSION = 2
+SUPERBLOCK_MAGIC = b"MOEVSTR\x02"
 PAGE_BYTES = 4096
 _SUPERBLOCK = struct.Struct("<8sQ16s")
 _HEADER = struct.Struct("<QQQQ16s")
 HEADER_BYTES = 64
 UNCOMMITTED = 0
+DIGEST_TIMEOUT_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class Geometry:
 class Manifest:
     """What a committed slot says of itself.
 
-    `digests` (hexadecimal XXH3-128) and `adam_steps` are by region name. `record` is that of the iteration before.
+    `digests` (see `region_digests`) and `adam_steps` are by region name. `record` is that of the iteration before.
     """
 
     rank: int
@@ -75,6 +78,27 @@ def _pages(nbytes: int) -> int:
 def digest_bytes(data: bytes | memoryview) -> bytes:
     """XXH3, 128 bits, of `data`. Releases the GIL for all but short inputs."""
     return xxhash.xxh3_128_digest(data)
+
+
+def region_digests(pool: DigestPool, base: int, regions: Sequence[tuple[str, int, int]]) -> dict[str, str]:
+    """Digests of regions, hexadecimal: XXH3-128 over the XXH3-128 of every 4 MiB of a region.
+
+    Args:
+        pool: does the work.
+        base: address of the slot's data.
+        regions: (name, offset from `base`, bytes).
+
+    Raises:
+        EngineError: the pool is closed, or took longer than DIGEST_TIMEOUT_SECONDS.
+    """
+    addresses = np.array([base + offset for _, offset, _ in regions], dtype=np.uint64)
+    ticket = pool.submit(addresses, np.array([nbytes for _, _, nbytes in regions], dtype=np.uint64))
+    found = pool.wait(ticket, DIGEST_TIMEOUT_SECONDS)
+    if found is None:
+        # Returns only when no thread reads the memory any more.
+        pool.cancel(ticket)
+        raise EngineError(f"digests took longer than {DIGEST_TIMEOUT_SECONDS:g} s")
+    return {name: found[16 * i : 16 * i + 16].hex() for i, (name, _, _) in enumerate(regions)}
 
 
 def encode_superblock(content: Mapping[str, Any]) -> bytes:

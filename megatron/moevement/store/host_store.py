@@ -47,7 +47,7 @@ class HostStore:
 
     @classmethod
     def create(
-        cls, path: Path, content: Mapping[str, Any], slots: int, manifest_bytes: int, data_bytes: int
+        cls, path: Path, content: Mapping[str, Any], slots: int, manifest_bytes: int, data_bytes: int, threads: int = 1
     ) -> "HostStore":
         """Creates the file with all its memory.
 
@@ -55,6 +55,7 @@ class HostStore:
             path: file to create; it must not exist.
             content: what the superblock holds besides the geometry; JSON values.
             slots, manifest_bytes, data_bytes: number of slots, and room in each.
+            threads: how many fill the pages.
 
         Raises:
             StoreError: no space, or the directory can't be written.
@@ -66,7 +67,7 @@ class HostStore:
         full = {**content, _GEOMETRY: {**shape, "superblock_bytes": length}}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            region = HostRegion.create(str(path), geometry.file_bytes, prefault=True)
+            region = HostRegion.create(str(path), geometry.file_bytes, prefault=True, threads=threads)
         except OSError as error:
             raise StoreError(_creation_message(path, geometry.file_bytes, error)) from error
         block = fmt.encode_superblock(full).ljust(length, b"\0")
@@ -143,10 +144,6 @@ class HostStore:
             data = offset + fmt.HEADER_BYTES + self.geometry.manifest_bytes
             return SlotLease(index, step, self._sequence, self._region.address + data, self.geometry.data_bytes)
 
-    def leased_data(self, lease: SlotLease) -> memoryview:
-        """The data area of a leased slot."""
-        return self._data(lease.index)
-
     def commit(self, lease: SlotLease, manifest: fmt.Manifest, data_bytes: int) -> None:
         """Writes header and manifest, then the commit word last.
 
@@ -222,14 +219,10 @@ class HostStore:
         return self._view[offset : offset + self.geometry.data_bytes]
 
     @property
-    def address(self) -> int:
-        """Address of the whole mapping, for registration as pinned memory."""
-        return int(self._region.address)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole mapping."""
-        return int(self._region.nbytes)
+    def slot_ranges(self) -> list[tuple[int, int]]:
+        """Address and bytes of every slot, in whole pages, for registration as pinned memory."""
+        base, size = int(self._region.address), self.geometry.slot_bytes
+        return [(base + self.geometry.slot_offset(index), size) for index in range(self.geometry.slots)]
 
     def close(self) -> None:
         """Unmaps the file. Views of it must not be used any more."""

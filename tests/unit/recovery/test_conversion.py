@@ -14,7 +14,7 @@ from megatron.moevement.snapshot.capture import Capture
 from megatron.moevement.store.committer import Committed, Committer
 from megatron.moevement.store.host_store import HostStore
 from megatron.moevement.types import IterationRecord, Run
-from moevement_ext import CopyEngine
+from moevement_ext import CopyEngine, DigestPool
 from tests.support.slots import create_store
 from tests.support.tables import small_table
 from tests.support.toy import ThreadAgreement, ToyState, alone, on_ranks
@@ -30,7 +30,7 @@ def trained(
     """The slots of Steps 0 to `steps`, and all of the state of the last of them."""
     store, state = create_store(path, TABLE, slots=steps + 1), ToyState(TABLE)
     done: list[Committed] = []
-    capture, committer = Capture(state, store, CopyEngine(), 0, "run"), Committer(store, True, done.append)
+    capture, committer = Capture(state, store, CopyEngine(), 0, "run"), Committer(store, DigestPool(), done.append)
     record, wanted = None, state.everything()
     for step in range(steps + 1):
         wanted = state.everything()
@@ -46,7 +46,7 @@ def trained(
 
 def converted(store: HostStore, agreement: ThreadAgreement, deterministic: bool = True) -> tuple[ToyState, Conversion]:
     """A new worker's state, which starts with other bytes in every place."""
-    state, reader = ToyState(TABLE, seed=99), SlotReader(store, TABLE, 0, digest=True)
+    state, reader = ToyState(TABLE, seed=99), SlotReader(store, TABLE, 0, digests=DigestPool())
     run = newest_run(store.committed, TABLE.names)
     assert run is not None
     return state, convert(state, reader, run, agreement, deterministic, lambda _: None)
@@ -68,7 +68,7 @@ def test_every_byte_is_restored(tmp_path: Path, window: int, mode: str) -> None:
 def test_the_conversion_reports_what_it_does(tmp_path: Path) -> None:
     store, _ = trained(tmp_path / "s", 3, "rolling", 4)
     reports: list[Progress] = []
-    reader = SlotReader(store, TABLE, 0, digest=True)
+    reader = SlotReader(store, TABLE, 0, digests=DigestPool())
     convert(ToyState(TABLE), reader, Run(2, 4), alone(), True, reports.append)
     assert [(p.step, p.replayed) for p in reports] == [(2, True), (3, True), (4, False)]
     assert sum(p.loaded_full for p in reports) == len(TABLE) and reports[-1].frozen == 0

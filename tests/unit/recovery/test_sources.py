@@ -11,6 +11,7 @@ from megatron.moevement.recovery.sources import SlotReader
 from megatron.moevement.store.format import HEADER_BYTES
 from megatron.moevement.store.host_store import HostStore
 from megatron.moevement.types import Presence
+from moevement_ext import DigestPool
 from tests.support.slots import BUFFER, create_store
 from tests.support.tables import small_table
 from tests.unit.schedule.test_slots import schedule
@@ -29,7 +30,7 @@ def stored(path: Path, *steps: int) -> HostStore:
 
 def test_pieces_hold_what_was_written(tmp_path: Path) -> None:
     store = stored(tmp_path / "s", 4)
-    reader, spec = SlotReader(store, TABLE, 0, digest=True), schedule(2, "rolling").spec(4)
+    reader, spec = SlotReader(store, TABLE, 0, digests=DigestPool()), schedule(2, "rolling").spec(4)
     found = reader.operators(4, TABLE.names)
     assert [o.name for o in found] == [*spec.full, *spec.weights_only]
     layout = {region.name: region for region in reader.layout(reader.manifest(4))}
@@ -46,7 +47,7 @@ def test_pieces_hold_what_was_written(tmp_path: Path) -> None:
 
 
 def test_only_the_named_operators_are_read(tmp_path: Path) -> None:
-    reader = SlotReader(stored(tmp_path / "s", 0), TABLE, 0, digest=True)
+    reader = SlotReader(stored(tmp_path / "s", 0), TABLE, 0, digests=DigestPool())
     assert [o.name for o in reader.operators(0, {"output", "layer000.router", "elsewhere"})] == [
         "layer000.router",
         "output",
@@ -58,14 +59,14 @@ def test_a_damaged_slot_is_rejected_and_the_others_are_not(tmp_path: Path) -> No
     store = stored(tmp_path / "s", 0, 1, 2)
     data, _ = store.data(1)
     data[layout_end(store, 1) - 1] ^= 1
-    usable, rejected = SlotReader(store, TABLE, 0, digest=True).verified()
+    usable, rejected = SlotReader(store, TABLE, 0, digests=DigestPool()).verified()
     assert set(usable) == {0, 2} and "digest of" in rejected[1]
-    assert set(SlotReader(store, TABLE, 0, digest=False).verified()[0]) == {0, 1, 2}, "the control: digests find it"
+    assert set(SlotReader(store, TABLE, 0, digests=None).verified()[0]) == {0, 1, 2}, "the control: digests find it"
 
 
 def layout_end(store: HostStore, step: int) -> int:
     """The end of the last operator of the slot."""
-    reader = SlotReader(store, TABLE, 0, digest=False)
+    reader = SlotReader(store, TABLE, 0, digests=None)
     last = reader.layout(reader.manifest(step)).regions[-1]
     return last.offset + last.nbytes
 
@@ -74,18 +75,18 @@ def test_a_slot_of_another_model_is_refused(tmp_path: Path) -> None:
     store = stored(tmp_path / "s", 0)
     fewer = OperatorTable(o for o in TABLE if o.name != "layer001.expert003")
     with pytest.raises(SlotInvalid, match=r"layer001\.expert003 is not in the model"):
-        SlotReader(store, fewer, 0, digest=True).manifest(0)
+        SlotReader(store, fewer, 0, digests=DigestPool()).manifest(0)
     larger = small_table(expert_elements=100_000)
     with pytest.raises(SlotInvalid, match="longer than its room"):
-        SlotReader(store, larger, 0, digest=True).verify(0)
+        SlotReader(store, larger, 0, digests=DigestPool()).verify(0)
 
 
 def test_another_rank_and_a_missing_step_are_refused(tmp_path: Path) -> None:
     store = stored(tmp_path / "s", 0)
     with pytest.raises(SlotInvalid, match="slot of rank 0"):
-        SlotReader(store, TABLE, 1, digest=True).verify(0)
+        SlotReader(store, TABLE, 1, digests=DigestPool()).verify(0)
     with pytest.raises(SlotInvalid, match="no slot of step 7"):
-        SlotReader(store, TABLE, 0, digest=True).verify(7)
+        SlotReader(store, TABLE, 0, digests=DigestPool()).verify(7)
 
 
 def test_a_flipped_manifest_is_refused(tmp_path: Path) -> None:

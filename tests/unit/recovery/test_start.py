@@ -10,6 +10,7 @@ from megatron.moevement.errors import StoreError
 from megatron.moevement.recovery.start import Choice, Found, choose_source, find_store, restart_count, store_path
 from megatron.moevement.store.host_store import HostStore
 from megatron.moevement.types import Run
+from moevement_ext import DigestPool
 from tests.support.slots import create_store
 from tests.support.tables import small_table
 from tests.support.toy import ThreadAgreement, ToyState, on_ranks
@@ -35,7 +36,7 @@ def choose(directory: Path, dense_step: int | None = None, identity: dict[str, A
     def one(agreement: ThreadAgreement) -> Choice:
         path = store_path(directory, agreement.rank)
         found = find_store(path, {"--seed": 1} if identity is None else identity, agreement)
-        return choose_source(found, ToyState(TABLE), agreement, True, dense_step)
+        return choose_source(found, ToyState(TABLE), agreement, DigestPool(), dense_step)
 
     results = on_ranks(RANKS, one)
     for result in results:

@@ -9,7 +9,7 @@ from megatron.moevement.recovery.sources import SlotReader
 from megatron.moevement.snapshot.capture import Capture
 from megatron.moevement.store.committer import Committed, Committer
 from megatron.moevement.types import Presence
-from moevement_ext import CopyEngine
+from moevement_ext import CopyEngine, DigestPool
 from tests.support.slots import MemoryState, create_store, record
 from tests.support.tables import small_table
 from tests.unit.schedule.test_slots import schedule
@@ -20,7 +20,7 @@ def test_a_captured_slot_holds_the_state_of_its_step(tmp_path: Path) -> None:
     store, state, plan = create_store(tmp_path / "s", table), MemoryState(table), schedule(3, "rolling")
     capture = Capture(state, store, CopyEngine(), 0, "run")
     done: list[Committed] = []
-    committer = Committer(store, True, done.append)
+    committer = Committer(store, DigestPool(), done.append)
     wanted = {}
     for step in range(3):
         state.fill(step)
@@ -34,7 +34,7 @@ def test_a_captured_slot_holds_the_state_of_its_step(tmp_path: Path) -> None:
         committer.submit(copied)
     committer.close()
     assert [c.slot.lease.step for c in done] == [0, 1, 2] and not any(c.error for c in done)
-    reader = SlotReader(store, table, 0, digest=True)
+    reader = SlotReader(store, table, 0, digests=DigestPool())
     assert set(reader.verified()[0]) == {0, 1, 2}
     for step in range(3):
         data, base = store.data(step)

@@ -9,9 +9,9 @@ import pytest
 from megatron.moevement.recovery.sources import SlotReader
 from megatron.moevement.snapshot.layout import slot_layout
 from megatron.moevement.store.committer import Committed, Committer, CopiedSlot
-from megatron.moevement.store.format import digest_bytes
 from megatron.moevement.store.host_store import HostStore
-from tests.support.slots import BUFFER, create_store, manifest
+from moevement_ext import DigestPool
+from tests.support.slots import BUFFER, create_store, expected_digest, manifest, write_leased
 from tests.support.tables import small_table
 from tests.unit.schedule.test_slots import schedule
 
@@ -23,28 +23,28 @@ def copied(store: HostStore, step: int) -> CopiedSlot:
     spec, lease = schedule(1, "fixed").spec(step), store.lease(step)
     assert lease is not None
     layout = slot_layout(TABLE, spec.full, spec.weights_only, [BUFFER])
-    store.leased_data(lease)[: layout.nbytes] = bytes((i + step) % 256 for i in range(layout.nbytes))
+    write_leased(lease, bytes((i + step) % 256 for i in range(layout.nbytes)))
     return CopiedSlot(lease, manifest(spec), tuple((r.name, r.offset, r.nbytes) for r in layout), layout.nbytes)
 
 
 @pytest.mark.parametrize("digest", [True, False])
 def test_digests_are_those_of_the_data(tmp_path: Path, digest: bool) -> None:
     store, done = create_store(tmp_path / "s", TABLE), list[Committed]()
-    committer, slot = Committer(store, digest, done.append), copied(store, 3)
+    committer, slot = Committer(store, DigestPool() if digest else None, done.append), copied(store, 3)
     assert 3 not in store.committed
     committer.submit(slot)
     committer.drain()
     assert [c.error for c in done] == [""] and done[0].slot is slot and 3 in store.committed
     data, _ = store.data(3)
-    wanted = {name: digest_bytes(data[at : at + size]).hex() for name, at, size in slot.regions}
+    wanted = {name: expected_digest(data[at : at + size]) for name, at, size in slot.regions}
     assert store.manifest(3).digests == (wanted if digest else {})
-    assert bool(SlotReader(store, TABLE, 0, digest=True).verified()[0]) == digest
+    assert bool(SlotReader(store, TABLE, 0, digests=DigestPool()).verified()[0]) == digest
     committer.close()
 
 
 def test_closing_finishes_what_was_handed_over(tmp_path: Path) -> None:
     store, done = create_store(tmp_path / "s", TABLE), list[int]()
-    committer = Committer(store, True, lambda c: done.append(c.slot.lease.step))
+    committer = Committer(store, DigestPool(), lambda c: done.append(c.slot.lease.step))
     slots = [copied(store, step) for step in range(4)]
     for slot in slots:
         committer.submit(slot)
@@ -55,7 +55,7 @@ def test_closing_finishes_what_was_handed_over(tmp_path: Path) -> None:
 def test_a_slot_without_room_is_reported_and_free_again(tmp_path: Path) -> None:
     path, done = tmp_path / "s", list[Committed]()
     store = HostStore.create(path, {"identity": {}, "run_id": "run"}, 1, manifest_bytes=256, data_bytes=1 << 16)
-    committer = Committer(store, True, done.append)
+    committer = Committer(store, DigestPool(), done.append)
     committer.submit(copied(store, 0))
     committer.close()
     assert "there is room for 256" in done[0].error
@@ -70,7 +70,7 @@ def test_a_slot_waits_until_the_one_before_is_committed(tmp_path: Path) -> None:
         taken.set()
         go.wait(20)
 
-    committer = Committer(store, False, hold)
+    committer = Committer(store, None, hold)
     committer.submit(copied(store, 0))
     assert taken.wait(20)
     second = threading.Thread(target=committer.submit, args=(copied(store, 9),))
@@ -85,7 +85,7 @@ def test_a_slot_waits_until_the_one_before_is_committed(tmp_path: Path) -> None:
 
 def test_a_slot_that_cannot_be_written_is_reported_and_the_next_one_is_committed(tmp_path: Path) -> None:
     store, done = create_store(tmp_path / "s", TABLE), list[Committed]()
-    committer = Committer(store, True, done.append)
+    committer = Committer(store, DigestPool(), done.append)
     bad = copied(store, 0)
     committer.submit(replace(bad, manifest=replace(bad.manifest, run_id=object())))  # JSON has no such value
     committer.submit(copied(store, 1))

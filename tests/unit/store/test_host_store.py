@@ -16,7 +16,8 @@ from megatron.moevement.store import format as fmt
 from megatron.moevement.store.committer import Committer, CopiedSlot
 from megatron.moevement.store.host_store import HostStore
 from megatron.moevement.types import SlotSpec
-from tests.support.slots import BUFFER, create_store, manifest
+from moevement_ext import DigestPool
+from tests.support.slots import BUFFER, create_store, manifest, write_leased
 from tests.support.tables import small_table
 from tests.unit.schedule.test_slots import schedule
 
@@ -28,19 +29,19 @@ def write(store: HostStore, spec: SlotSpec, rank: int = 0, run_id: str = "run") 
     lease = store.lease(spec.step)
     assert lease is not None
     layout = slot_layout(TABLE, spec.full, spec.weights_only, [BUFFER])
-    store.leased_data(lease)[: layout.nbytes] = bytes((i * 7 + spec.step) % 256 for i in range(layout.nbytes))
+    write_leased(lease, bytes((i * 7 + spec.step) % 256 for i in range(layout.nbytes)))
     regions = tuple((r.name, r.offset, r.nbytes) for r in layout)
     errors: list[str] = []
-    committer = Committer(store, True, lambda done: errors.append(done.error))
+    committer = Committer(store, DigestPool(), lambda done: errors.append(done.error))
     committer.submit(CopiedSlot(lease, manifest(spec, rank, run_id), regions, layout.nbytes))
     committer.close()
     assert errors == [""]
 
 
-def reopened(path: Path, digest: bool = True) -> tuple[HostStore, dict[int, str]]:
+def reopened(path: Path, verify: bool = True) -> tuple[HostStore, dict[int, str]]:
     """The store as a new process sees it, and the steps whose slots are usable or not."""
     store = HostStore.open(path)
-    return store, SlotReader(store, TABLE, 0, digest).verified()[1]
+    return store, SlotReader(store, TABLE, 0, DigestPool() if verify else None).verified()[1]
 
 
 def test_a_new_process_finds_the_slots(tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_slots_without_digests_need_digests_off(tmp_path: Path) -> None:
     assert lease is not None
     store.commit(lease, manifest(spec), 0)
     assert "no digest" in reopened(tmp_path / "s")[1][0]
-    assert not reopened(tmp_path / "s", digest=False)[1]
+    assert not reopened(tmp_path / "s", verify=False)[1]
 
 
 def test_a_leased_slot_is_not_committed(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from megatron.moevement.store.memory_plan import MemoryPlan, check_room, manifes
 def test_the_file_has_the_planned_size(tmp_path: Path) -> None:
     plan = MemoryPlan(slots=3, manifest_bytes=5000, data_bytes=12345)
     store = HostStore.create(tmp_path / "s", {"run_id": "r", "identity": {}}, 3, 5000, 12345)
-    assert store.nbytes - store.geometry.superblock_bytes == plan.total_bytes
+    assert store.path.stat().st_size - store.geometry.superblock_bytes == plan.total_bytes
     assert store.geometry.slot_bytes == plan.slot_bytes and plan.slot_bytes % fmt.PAGE_BYTES == 0
 
 
