@@ -175,20 +175,11 @@ def _flip_restored_bit(fault: Fault) -> None:
 
 
 def _forget_gradient_norm(_fault: Fault) -> None:
-    """Negative control: a replay computes the gradient norm anew, without the frozen operators' gradients."""
+    """Negative control: a replay clips with another gradient norm."""
     from megatron.moevement.integration import replay
 
-    original = replay.clip_grad_by_total_norm_fp32
-    norm: dict[str, float] = {}
-
-    def clip(parameters: Any, max_norm: float, total_norm: float) -> None:
-        original(parameters, max_norm=max_norm, total_norm=norm.get("value", total_norm))
-
-    def compute(job: Any, _record: Any, _frozen: Any) -> None:
-        norm["value"] = 0.75 * _record.grad_norm
-
-    replay.clip_grad_by_total_norm_fp32 = clip
-    _before(replay, "_update", compute)
+    original = replay.apply_update
+    replay.apply_update = lambda optimizer, grad_norm: original(optimizer, 0.75 * grad_norm)
 
 
 def _wrong_record(_fault: Fault) -> None:

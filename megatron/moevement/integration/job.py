@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,35 @@ from megatron.moevement.integration.gloo_on_gpu import HostStagedP2P
 from megatron.moevement.training_config import TrainingConfig
 
 
+@dataclasses.dataclass(frozen=True)
+class IterationOutcome:
+    """What one iteration did; equal on all ranks but for `seconds`.
+
+    Attributes:
+        iteration: its number, from 0.
+        loss: mean loss per token.
+        grad_norm: L2 norm of all gradients before clipping, None where the update was skipped.
+        skipped: whether an overflow kept the optimizer from updating.
+        learning_rate: the rate that the update used (or would have used).
+        loss_scale: the factor that the loss was multiplied by.
+        samples: how many samples the iteration consumed.
+        seconds: its duration on this rank, up to the update.
+    """
+
+    iteration: int
+    loss: float
+    grad_norm: float | None
+    skipped: bool
+    learning_rate: float
+    loss_scale: float
+    samples: int
+    seconds: float
+
+
+def _go_ahead() -> None:
+    """Nothing to wait for."""
+
+
 @dataclasses.dataclass
 class TrainingJob:
     """The state of training on this rank and what is needed to change it.
@@ -39,6 +69,11 @@ class TrainingJob:
         batches: the data by position.
         communicator: moves tensors between stages; may be replaced between iterations.
         step: iterations that are part of the state.
+        decided: the iteration whose outcome is settled on this rank while its update is not applied yet. With it, no
+            other rank is needed to finish the iteration.
+        agree_to_update: called between the two; returns when every rank has settled, so that a failure finds ranks at
+            most one update apart and each of them able to follow.
+        history: outcomes of the iterations that this process has run.
     """
 
     config: TrainingConfig
@@ -50,6 +85,9 @@ class TrainingJob:
     batches: data.BatchSource
     communicator: P2PCommunicator
     step: int = 0
+    decided: IterationOutcome | None = None
+    agree_to_update: Callable[[], None] = _go_ahead
+    history: list[IterationOutcome] = dataclasses.field(default_factory=list)
 
     @property
     def consumed_samples(self) -> int:
@@ -71,6 +109,15 @@ class TrainingJob:
         reset_model_temporary_tensors(self.model_config, self.chunks)
         if get_moe_layer_wise_logging_tracker():
             clear_aux_losses_tracker()
+
+    def share_weights(self) -> None:
+        """Under the distributed optimizer, gives every rank the weights that the others have updated; collective.
+
+        Where gathering overlaps with the forward pass it is left to that.
+        """
+        if self.config.use_distributed_optimizer and not self.config.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync()
 
     def gather_parameters(self) -> None:
         """Make the 16-bit weights complete where their gathering is left to the next forward pass; collective.

@@ -6,11 +6,14 @@ batch size.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 
 from megatron.moevement.integration.model import compute_dtype
@@ -77,11 +80,50 @@ def inner_optimizers(optimizer: Any) -> list[Any]:
     return [member for member in members if not getattr(member, "is_stub_optimizer", False)]
 
 
-def update(optimizer: MegatronOptimizer) -> UpdateResult:
-    """Run the optimizer step; under FP16 keep the loss scales of all inner optimizers equal."""
-    succeeded, grad_norm, _zeros = optimizer.step()
+def decide_update(optimizer: MegatronOptimizer) -> UpdateResult:
+    """The collective part of an optimizer step: overflow, loss scales and gradient norm. Weights don't change.
+
+    Afterwards `apply_update` needs no other rank, so that no failure of another rank leaves an update half done.
+    """
+    overflowed = optimizer.prepare_grads()
     _align_loss_scales(optimizer)
-    return UpdateResult(skipped=not succeeded, grad_norm=None if grad_norm is None else float(grad_norm))
+    if overflowed:
+        return UpdateResult(skipped=True, grad_norm=None)
+    norm = optimizer.get_grad_norm()
+    return UpdateResult(skipped=False, grad_norm=None if norm is None else float(norm))
+
+
+def apply_update(optimizer: MegatronOptimizer, grad_norm: float | None) -> None:
+    """Clips with `grad_norm` and updates what this rank owns; other ranks aren't needed.
+
+    Under the distributed optimizer the weights that other ranks own follow with `TrainingJob.share_weights`.
+    """
+    for member in inner_optimizers(optimizer):
+        parameters = member.get_parameters()
+        if parameters and member.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=member.config.clip_grad, total_norm=grad_norm)
+    with _without_gathering(optimizer):
+        optimizer.step_with_ready_grads()
+
+
+@contextlib.contextmanager
+def _without_gathering(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Leaves out the gathering of weights that the distributed optimizer does within its step.
+
+    With several inner optimizers core gathers after each of them, when the next one has not updated yet.
+    """
+    chunks = {id(c): c for member in inner_optimizers(optimizer) for c in getattr(member, "model_chunks", ())}
+    for chunk in chunks.values():
+        chunk.start_param_sync = _gather_nothing
+    try:
+        yield
+    finally:
+        for chunk in chunks.values():
+            del chunk.start_param_sync
+
+
+def _gather_nothing(*_unused: Any, **_options: Any) -> None:
+    pass
 
 
 def learning_rate(optimizer: MegatronOptimizer) -> float:

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from megatron.moevement.integration.discovery import OwnedParameter
 from megatron.moevement.integration.forward import run_forward_backward, share_loss
 from megatron.moevement.integration.job import TrainingJob
-from megatron.moevement.integration.optimizer_setup import inner_optimizers
+from megatron.moevement.integration.optimizer_setup import apply_update
 from megatron.moevement.types import IterationRecord
 
 
@@ -41,11 +40,8 @@ def _update(job: TrainingJob, record: IterationRecord, frozen: list[OwnedParamet
             # AdamW leaves parameters without a gradient alone: no decay, no step.
             item.master.grad = None
     assert record.grad_norm is not None
-    for member in inner_optimizers(job.optimizer):
-        parameters = member.get_parameters()
-        if parameters and member.config.clip_grad > 0.0:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=member.config.clip_grad, total_norm=record.grad_norm)
-    job.optimizer.step_with_ready_grads()
+    apply_update(job.optimizer, record.grad_norm)
+    job.share_weights()
 
 
 @contextlib.contextmanager

@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from typing import Protocol
 
 from megatron.moevement.integration import optimizer_setup
 from megatron.moevement.integration.forward import run_forward_backward, share_loss
-from megatron.moevement.integration.job import TrainingJob
+from megatron.moevement.integration.job import IterationOutcome, TrainingJob
 
-
-@dataclasses.dataclass(frozen=True)
-class IterationOutcome:
-    """What one iteration did; equal on all ranks but for `seconds`.
-
-    Attributes:
-        iteration: its number, from 0.
-        loss: mean loss per token.
-        grad_norm: L2 norm of all gradients before clipping, None where the update was skipped.
-        skipped: whether an overflow kept the optimizer from updating.
-        learning_rate: the rate that the update used (or would have used).
-        loss_scale: the factor that the loss was multiplied by.
-        samples: how many samples the iteration consumed.
-        seconds: its duration on this rank.
-    """
-
-    iteration: int
-    loss: float
-    grad_norm: float | None
-    skipped: bool
-    learning_rate: float
-    loss_scale: float
-    samples: int
-    seconds: float
+__all__ = ["Hooks", "IterationOutcome", "NoHooks", "apply_decided", "train", "train_iteration"]
 
 
 class Hooks(Protocol):
@@ -70,13 +46,12 @@ def train(job: TrainingJob, hooks: Hooks) -> list[IterationOutcome]:
     """
     for chunk in job.chunks:
         chunk.train()
-    history = []
     while job.step < job.config.train_iters:
-        history.append(train_iteration(job, hooks))
+        train_iteration(job, hooks)
         if job.config.exit_interval is not None and job.step % job.config.exit_interval == 0:
             break
     job.gather_parameters()
-    return history
+    return job.history
 
 
 def train_iteration(job: TrainingJob, hooks: Hooks) -> IterationOutcome:
@@ -88,11 +63,8 @@ def train_iteration(job: TrainingJob, hooks: Hooks) -> IterationOutcome:
     hooks.before_optimizer_step(iteration)
     learning_rate = optimizer_setup.learning_rate(job.optimizer)
     loss_scale = optimizer_setup.loss_scale(job.optimizer)
-    result = optimizer_setup.update(job.optimizer)
-    if not result.skipped:
-        job.scheduler.step(increment=job.config.samples_per_iteration)
-    job.step = iteration + 1
-    outcome = IterationOutcome(
+    result = optimizer_setup.decide_update(job.optimizer)
+    job.decided = IterationOutcome(
         iteration=iteration,
         loss=loss,
         grad_norm=result.grad_norm,
@@ -102,5 +74,21 @@ def train_iteration(job: TrainingJob, hooks: Hooks) -> IterationOutcome:
         samples=job.config.samples_per_iteration,
         seconds=time.perf_counter() - started,
     )
+    job.agree_to_update()
+    outcome = apply_decided(job)
+    if not outcome.skipped:
+        job.share_weights()
     hooks.after_optimizer_step(iteration, outcome)
+    return outcome
+
+
+def apply_decided(job: TrainingJob) -> IterationOutcome:
+    """Applies the update that is decided and moves the state one step on; no other rank is needed."""
+    outcome = job.decided
+    assert outcome is not None and outcome.iteration == job.step
+    if not outcome.skipped:
+        optimizer_setup.apply_update(job.optimizer, outcome.grad_norm)
+        job.scheduler.step(increment=job.config.samples_per_iteration)
+    job.step, job.decided = outcome.iteration + 1, None
+    job.history.append(outcome)
     return outcome

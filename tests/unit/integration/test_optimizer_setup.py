@@ -23,13 +23,16 @@ class Inner:
 
 
 class Chain:
-    """Stands in for a chain of inner optimizers after its step was skipped."""
+    """Stands in for a chain of inner optimizers with ready gradients."""
 
     def __init__(self, *members: Inner) -> None:
         self.chained_optimizers = list(members)
 
-    def step(self) -> tuple[bool, None, None]:
-        return False, None, None
+    def prepare_grads(self) -> bool:
+        return any(member.found_inf.item() > 0 for member in self.chained_optimizers)
+
+    def get_grad_norm(self) -> float:
+        return 2.5
 
 
 @pytest.mark.parametrize("distributed", [False, True])
@@ -64,7 +67,7 @@ def test_every_decay_style_works(build: Callable[..., TrainingJob], style: str) 
 def test_an_overflow_of_one_inner_optimizer_lowers_both_scales(first_overflows: bool) -> None:
     first, second = Inner(first_overflows), Inner(not first_overflows)
     assert first.grad_scaler.scale.item() != second.grad_scaler.scale.item()
-    result = optimizer_setup.update(Chain(first, second))
+    result = optimizer_setup.decide_update(Chain(first, second))
     assert result == optimizer_setup.UpdateResult(skipped=True, grad_norm=None)
     assert first.grad_scaler.scale.item() == second.grad_scaler.scale.item() == 512.0
     assert first.grad_scaler.state_dict() == second.grad_scaler.state_dict()
@@ -73,7 +76,8 @@ def test_an_overflow_of_one_inner_optimizer_lowers_both_scales(first_overflows: 
 
 def test_clean_steps_leave_the_scales_alone() -> None:
     first, second = Inner(False), Inner(False)
-    optimizer_setup.update(Chain(first, second))
+    result = optimizer_setup.decide_update(Chain(first, second))
+    assert result == optimizer_setup.UpdateResult(skipped=False, grad_norm=2.5)
     assert first.grad_scaler.scale.item() == second.grad_scaler.scale.item() == 1024.0
 
 
