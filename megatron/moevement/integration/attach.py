@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 
 import torch
@@ -108,8 +107,6 @@ def build_manager(
         UnsupportedError: the model, the optimizer or a parallel mode can't be checkpointed exactly.
     """
     check_supported(job.config)
-    timeout = datetime.timedelta(minutes=job.config.distributed_timeout_minutes)
-    group = dist.new_group(backend="gloo", timeout=timeout)
     device = job.topology.device
     engine = copy_engine(device, config)
     state = OperatorState(job, engine)
@@ -121,5 +118,5 @@ def build_manager(
         ranks_on_node=int(os.environ.get("LOCAL_WORLD_SIZE", str(dist.get_world_size()))),
         deterministic=job.config.deterministic_mode or device.type == "cpu",
     )
-    manager = SparseCheckpointManager(config, state, Agreement(group), engine, events, surroundings)
+    manager = SparseCheckpointManager(config, state, Agreement(job.topology.control), engine, events, surroundings)
     return manager, state

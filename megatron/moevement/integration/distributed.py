@@ -17,8 +17,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron.moevement.agent.link import WorkerLink
 from megatron.moevement.argument_checks import UsageError
-from megatron.moevement.integration import cpu_backend, gloo_on_gpu
+from megatron.moevement.integration import cpu_backend, gloo_on_gpu, groups
 from megatron.moevement.training_config import TrainingConfig
 
 # Stages get seeds this far apart, as in Megatron, so that their layers do not start alike.
@@ -33,6 +34,7 @@ class Topology:
         device: where model and optimizer live.
         rank: of this process in the world.
         groups: megatron.core's process groups.
+        control: the whole world over gloo, for control values in CPU tensors.
     """
 
     device: torch.device
@@ -41,6 +43,7 @@ class Topology:
     pipeline_rank: int
     data_parallel_rank: int
     groups: ProcessGroupCollection
+    control: dist.ProcessGroup
 
 
 def choose_device(config: TrainingConfig) -> torch.device:
@@ -63,8 +66,13 @@ def choose_device(config: TrainingConfig) -> torch.device:
     return torch.device("cuda", local_rank % gpus)
 
 
-def start(config: TrainingConfig) -> Topology:
+def start(config: TrainingConfig, link: WorkerLink | None = None) -> Topology:
     """Initialise torch.distributed, megatron.core's groups and all random number generators.
+
+    Args:
+        config: the training configuration.
+        link: to the agent that started this process; None where the launcher is torchrun. A process that takes over a
+            rank gets groups that don't communicate: it joins the others when its job is built.
 
     Raises:
         UsageError: see `choose_device`.
@@ -80,14 +88,28 @@ def start(config: TrainingConfig) -> Topology:
         gloo_on_gpu.avoid_coalescing()
     if config.deterministic_mode:
         _require_determinism(device)
-    timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
-    dist.init_process_group(
-        config.backend, rank=int(os.environ.get("RANK", "0")), world_size=config.world_size, timeout=timeout
-    )
-    initialize_groups(config)
+    if link is not None and link.replacement:
+        with groups.without_communication():
+            dist.init_process_group(groups.FAKE, store=dist.HashStore(), rank=link.rank, world_size=link.world_size)
+            control = initialize_groups(config)
+    else:
+        control = connect(config, None if link is None else link.store())
     seed_everything(config.seed)
+    return topology_of(device, control)
+
+
+def connect(config: TrainingConfig, store: dist.Store | None) -> dist.ProcessGroup:
+    """Makes all process groups, over `store` or where the launcher's environment says; returns the control group."""
+    timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
+    rank = int(os.environ.get("RANK", "0"))
+    dist.init_process_group(config.backend, store=store, rank=rank, world_size=config.world_size, timeout=timeout)
+    return initialize_groups(config)
+
+
+def topology_of(device: torch.device, control: dist.ProcessGroup) -> Topology:
+    """Where this process stands in the groups as they are now."""
     return Topology(
         device=device,
         rank=dist.get_rank(),
@@ -95,11 +117,12 @@ def start(config: TrainingConfig) -> Topology:
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         groups=ProcessGroupCollection.use_mpu_process_groups(),
+        control=control,
     )
 
 
-def initialize_groups(config: TrainingConfig) -> None:
-    """Create megatron.core's process groups over the default group."""
+def initialize_groups(config: TrainingConfig) -> dist.ProcessGroup:
+    """Create megatron.core's process groups over the default group, and the control group, which is returned."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
@@ -108,6 +131,8 @@ def initialize_groups(config: TrainingConfig) -> None:
         expert_tensor_parallel_size=config.expert_tensor_size,
         distributed_timeout_minutes=config.distributed_timeout_minutes,
     )
+    timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
+    return dist.new_group(backend="gloo", timeout=timeout)
 
 
 def seed_everything(seed: int) -> None:
