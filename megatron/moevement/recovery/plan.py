@@ -85,3 +85,13 @@ def slots_to_keep(steps: frozenset[int], loadable_everywhere: int, longest_run: 
         kept.add(step)
         step -= 1
     return frozenset(kept)
+
+
+def iterations_to_keep(iterations: frozenset[int], loadable_everywhere: int, longest_run: int) -> frozenset[int]:
+    """Iterations whose transcript must stay, so that any neighbour that fails can replay up to now.
+
+    The neighbour's run ends at `loadable_everywhere` or later, so it starts no earlier than its slots are kept
+    (`slots_to_keep`), and the first iteration that it replays is that of its first slot. Without such a window
+    all stay: the neighbours' first windows grow from the first iteration on.
+    """
+    return frozenset(i for i in iterations if loadable_everywhere < 0 or i > loadable_everywhere - longest_run)

@@ -3,7 +3,14 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.moevement.recovery.plan import common_run, is_window, newest_run, shortest_run, slots_to_keep
+from megatron.moevement.recovery.plan import (
+    common_run,
+    is_window,
+    iterations_to_keep,
+    newest_run,
+    shortest_run,
+    slots_to_keep,
+)
 from megatron.moevement.types import Run, SlotInfo
 
 OPERATORS = frozenset("abc")
@@ -81,3 +88,13 @@ def test_what_is_kept_holds_every_window_that_ends_where_all_are(window: int, kn
 def test_without_a_window_the_unbroken_row_stays() -> None:
     assert slots_to_keep(frozenset({0, 1, 3, 4}), -1, 2) == {3, 4}
     assert slots_to_keep(frozenset(), -1, 2) == frozenset()
+
+
+@given(st.integers(1, 6), st.integers(0, 40), st.integers(0, 3))
+def test_transcripts_reach_back_to_the_first_slot_that_is_kept(window: int, known: int, ahead: int) -> None:
+    past = frozenset(range(known + ahead + 1))
+    assert iterations_to_keep(past, known, window) == slots_to_keep(past, known, window)
+
+
+def test_without_a_window_every_transcript_stays() -> None:
+    assert iterations_to_keep(frozenset({0, 2, 3}), -1, 2) == {0, 2, 3}
