@@ -1,7 +1,7 @@
 """A rank that trains, then replays some stages alone from their neighbours' transcripts, and compares every bit.
 
 Run in place of `pretrain_gpt.py`. The environment variable BOUNDARY_LAB holds JSON: `scope`, the stages that replay,
-and `folder`, where each rank writes what it found.
+`overlap`, whether the interleaved schedule overlaps its exchange, and `folder`, where each rank writes what it found.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from megatron.moevement import arguments
 from megatron.moevement.errors import MoevementError
 from megatron.moevement.integration import distributed, state_digest
 from megatron.moevement.integration.boundary import (
-    BoundaryRecorder,
-    ReplayP2P,
     boundary_pipeline,
+    boundary_recorder,
     boundary_tensor_bytes,
     log_boundary,
+    replay_boundary,
 )
-from megatron.moevement.integration.bundle_exchange import receive_bundle, send_bundle
+from megatron.moevement.integration.bundle_exchange import BundleExchange
 from megatron.moevement.integration.forward import run_forward_backward
 from megatron.moevement.integration.job import TrainingJob, build_job
 from megatron.moevement.integration.log_copy import HostCopier
@@ -47,13 +47,16 @@ class Lab:
     """This rank's job, its transcript, and what has been found so far."""
 
     def __init__(self, job: TrainingJob, folder: Path, scope: list[int]) -> None:
-        self.job, self.scope, self.digests = job, scope, DigestPool()
+        self.job, self.scope, digests = job, frozenset(scope), DigestPool()
         self.state = OperatorState(job, CopyEngine())
         self.pipeline = boundary_pipeline(job)
         self.inside = self.pipeline.stage in scope
         plan = plan_transcript(self.pipeline, boundary_tensor_bytes(job), LAST, 0.0, 1 << 30)
         content = {"rank": dist.get_rank(), "run_id": "run"}
-        self.log = TranscriptLog.create(transcript_path(folder, dist.get_rank()), content, plan.shape, self.digests)
+        self.log = TranscriptLog.create(transcript_path(folder, dist.get_rank()), content, plan.shape, digests)
+        self.recorder = boundary_recorder(job, self.log, HostCopier())
+        group = job.topology.groups.pp
+        self.exchange = BundleExchange(self.pipeline, dist.get_process_group_ranks(group), group, digests)
         self.saved: dict[int, Saved] = {}
         self.gradients: dict[int, dict[str, str]] = {}
         self.found: dict[str, Any] = {"compared": 0, "different": [], "refused": {}}
@@ -95,35 +98,15 @@ class Lab:
             self.job.reset_temporary_state()
             train_one(self.job)
 
-    def receive(self, iteration: int) -> list[Bundle]:
-        """What neighbours outside of the scope give to this rank; they send in the same order."""
-        members = dist.get_process_group_ranks(self.job.topology.groups.pp)
-        bundles, stages = [], self.pipeline.stages
-        for direction in Direction:
-            step = 1 if direction is Direction.FORWARD else -1
-            for stage in range(stages):
-                receiver = (stage + step) % stages
-                given = dataclasses.replace(self.pipeline, stage=receiver).has_sender(direction)
-                if stage in self.scope or receiver not in self.scope or not given:
-                    continue
-                if self.pipeline.stage == stage:
-                    send_bundle(self.log, iteration, direction, members[receiver], self.job.topology.groups.pp)
-                elif self.pipeline.stage == receiver:
-                    bundles.append(receive_bundle(members[stage], self.job.topology.groups.pp, self.digests))
-        return bundles
-
     def replay(self, iteration: int, change: Callable[[list[Bundle]], list[Bundle]] = list) -> dict[str, str]:
         """Replays an iteration on the stages of the scope; the others only give their transcripts.
 
         Returns digests of the gradients, those of the original where the stage doesn't replay.
         """
-        bundles, gradients = self.receive(iteration), self.gradients[iteration]
+        bundles = self.exchange.deliver(self.log, iteration, self.scope)
+        gradients = self.gradients[iteration]
         if self.inside:
-            stages, stage = self.pipeline.stages, self.pipeline.stage
-            neighbours = ((stage - 1) % stages in self.scope, (stage + 1) % stages in self.scope)
-            logged = self.job.communicator
-            recorder = BoundaryRecorder(self.pipeline, self.log, HostCopier(), self.job.topology.device)
-            self.job.communicator = communicator = ReplayP2P(logged.inner, recorder, *neighbours)
+            communicator = replay_boundary(self.job, self.recorder, self.scope)
             for bundle in change(bundles):
                 communicator.feed(bundle)
             self.saved[iteration].restore(self.state)
@@ -131,8 +114,7 @@ class Lab:
             try:
                 gradients = self.passes(iteration)
             finally:
-                self.job.communicator = logged
-                recorder.close()
+                log_boundary(self.job, self.recorder)
         dist.barrier()
         return gradients
 
@@ -188,19 +170,22 @@ def main() -> int:
     request = json.loads(os.environ["BOUNDARY_LAB"])
     config, _ = arguments.parse(sys.argv[1:])
     job = build_job(config, distributed.start(config))
+    # Core's own choice for overlap; the product's configuration has it off.
+    job.model_config.overlap_p2p_comm = request["overlap"]
     lab = Lab(job, Path(request["folder"]), request["scope"])
     train_one(job)
     lab.saved[FIRST] = Saved(lab.state, FIRST)
     without = lab.train()
-    logged = log_boundary(job, lab.log, HostCopier())
+    log_boundary(job, lab.recorder)
     lab.compare("logging on and off", without, lab.train())
     lab.originals()
-    logged.recorder.settle()
+    lab.recorder.settle()
     lab.found["iterations"] = sorted(lab.log.iterations)
-    lab.found["problem"] = logged.recorder.problem
+    lab.found["problem"] = lab.recorder.problem
     sent = {i: [r.digest for d in Direction for r in lab.log.records(i, d)] for i in range(FIRST, LAST)}
     for iteration in range(FIRST, LAST):
         lab.compare(f"replay of {iteration}", lab.gradients[iteration], lab.replay(iteration))
+    lab.recorder.settle()
     again = {i: [r.digest for d in Direction for r in lab.log.records(i, d)] for i in range(FIRST, LAST)}
     lab.compare("sends", {str(i): str(v) for i, v in sent.items()}, {str(i): str(v) for i, v in again.items()})
     lab.found["sent"] = len(sent[FIRST])

@@ -11,7 +11,7 @@ import torch
 
 from moevement_ext import CopyEngine, EngineError
 
-# Before snapshot chunks, which have priority 0 (issued as 4 MiB chunks, so that a log copy waits for two of them).
+# Snapshots have priority 0. Chunks that are in flight already go first.
 LOG_PRIORITY = 4
 MAX_OUTSTANDING_COPIES = 8
 COPY_TIMEOUT_SECONDS = 120.0
@@ -66,11 +66,8 @@ class EngineCopier:
         """Queues a copy, once there is room for it."""
         source = tensor.detach().contiguous()
         nbytes = source.numel() * source.element_size()
-        while self._outstanding and self._engine.done(self._outstanding[0][0]):
-            self._release()
-        while self._outstanding and (
-            self._bytes + nbytes > self._limit or len(self._outstanding) >= MAX_OUTSTANDING_COPIES
-        ):
+        # What is done is let go at once; a copy that failed raises here, as it would when it is waited for.
+        while self._outstanding and (self._full(nbytes) or self._oldest_finished()):
             self._wait_for_oldest()
         start, end, length = (np.array([number], dtype=np.uint64) for number in (source.data_ptr(), address, nbytes))
         stream = torch.cuda.current_stream(source.device).cuda_stream if source.is_cuda else 0
@@ -78,18 +75,32 @@ class EngineCopier:
         self._outstanding.append((ticket, source, nbytes))
         self._bytes += nbytes
 
+    def _full(self, nbytes: int) -> bool:
+        return self._bytes + nbytes > self._limit or len(self._outstanding) >= MAX_OUTSTANDING_COPIES
+
+    def _oldest_finished(self) -> bool:
+        return self._engine.state(self._outstanding[0][0]) not in ("queued", "running")
+
     def drain(self) -> None:
-        """Waits for all copies."""
+        """Waits for all copies, also where one of them fails."""
+        problem: EngineError | None = None
         while self._outstanding:
-            self._wait_for_oldest()
+            try:
+                self._wait_for_oldest()
+            except EngineError as error:
+                problem = error
+        if problem is not None:
+            raise problem
 
     def _wait_for_oldest(self) -> None:
         ticket = self._outstanding[0][0]
-        if not self._engine.wait(ticket, COPY_TIMEOUT_SECONDS):
-            self._engine.cancel(ticket)
+        try:
+            if not self._engine.wait(ticket, COPY_TIMEOUT_SECONDS):
+                # Returns when nothing of it is in flight any more.
+                self._engine.cancel(ticket)
+                raise EngineError(f"a copy to the transcript took longer than {COPY_TIMEOUT_SECONDS:g} s")
+        finally:
             self._release()
-            raise EngineError(f"a copy to the transcript took longer than {COPY_TIMEOUT_SECONDS:g} s")
-        self._release()
 
     def _release(self) -> None:
         self._bytes -= self._outstanding.popleft()[2]

@@ -75,7 +75,32 @@ class Pipeline:
     def sender(self, direction: Direction) -> "Pipeline":
         """The neighbour from which tensors of `direction` come: the previous stage for activations."""
         step = -1 if direction is Direction.FORWARD else 1
-        return replace(self, stage=(self.stage + step) % self.stages)
+        return self.at((self.stage + step) % self.stages)
+
+    def at(self, stage: int) -> "Pipeline":
+        """The same schedule on another stage."""
+        return replace(self, stage=stage)
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A part of a transcript that one stage gives to another, whose ranks replay."""
+
+    sender: int
+    receiver: int
+    direction: Direction
+
+
+def deliveries(pipeline: Pipeline, scope: frozenset[int]) -> tuple[Delivery, ...]:
+    """What stages outside of `scope` give to those inside, of every replayed iteration; the same on every stage."""
+    found = []
+    for receiver in sorted(scope):
+        place = pipeline.at(receiver)
+        for direction in Direction:
+            sender = place.sender(direction).stage
+            if sender not in scope and place.has_sender(direction):
+                found.append(Delivery(sender, receiver, direction))
+    return tuple(found)
 
 
 @lru_cache(maxsize=64)

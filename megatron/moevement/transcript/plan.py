@@ -55,7 +55,7 @@ def plan_transcript(
     """
     entries, sent = 0, 0
     for stage in range(pipeline.stages):
-        place = Pipeline(pipeline.stages, stage, pipeline.micro_batches, pipeline.chunks, pipeline.group)
+        place = pipeline.at(stage)
         sends = sum(len(place.sent(direction)) for direction in Direction)
         entries = max(entries, sends + sum(len(place.received(direction)) for direction in Direction))
         sent = max(sent, sends)
