@@ -21,6 +21,10 @@ class SlotInvalid(MoevementError):
     """A slot that must not be used: torn, short, stale, foreign or with a wrong digest."""
 
 
+class TranscriptInvalid(MoevementError):
+    """A boundary transcript, or a record of one, that must not be used: torn, stale, foreign, flipped or incomplete."""
+
+
 class RecoveryError(MoevementError):
     """A recovery that can't be exact. The message says what is lost and what to do."""
 

@@ -102,6 +102,8 @@ class Job:
     between: Callable[[int], None] | None = None
     started: Callable[[int, list[int]], None] | None = None
     first_generation: int = 0
+    program: str = "pretrain_gpt"
+    environment: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> Outcome:
         """Runs generations until one ends well, is refused (status 2), or the restarts are used up."""
@@ -133,6 +135,7 @@ class Job:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "TORCHELASTIC_RESTART_COUNT": str(generation),
+                **self.environment,
             }
             arguments = [*self.arguments, "--state-digest", str(self.directory / "digest")]
             request = {
@@ -140,6 +143,7 @@ class Job:
                 "arguments": arguments,
                 "faults": self.faults,
                 "output": str(output),
+                "program": self.program,
             }
             pids[self.zygote.start(request)] = rank
         if self.started is not None:

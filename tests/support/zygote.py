@@ -5,6 +5,7 @@ ended worker is reported as {"ended": pid, "status": n}. Workers are real proces
 import is shared.
 """
 
+import importlib
 import json
 import os
 import select
@@ -83,7 +84,7 @@ def fork(request: dict[str, Any], inherited: tuple[int, int]) -> int:
         os.dup2(output, 2)
         os.environ.update(request["environment"])
         sys.argv = ["pretrain_gpt.py", *request["arguments"]]
-        code = run(request["faults"])
+        code = run(request["faults"], request["program"])
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException:
@@ -97,13 +98,12 @@ def fork(request: dict[str, Any], inherited: tuple[int, int]) -> int:
         os._exit(code)
 
 
-def run(faults: list[dict[str, Any]]) -> int:
-    """The worker's program, with its faults in place."""
-    import pretrain_gpt
+def run(faults: list[dict[str, Any]], program: str) -> int:
+    """The worker's program, a module with a `main`, with its faults in place."""
     from tests.support import faults as injected
 
     injected.install(faults)
-    return pretrain_gpt.main()
+    return int(importlib.import_module(program).main())
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from moevement_ext import CopyEngine, EngineError
 # What slots must have been written with, in addition to what a dense checkpoint must: with another of these the
 # iterations that a recovery replays would not be those that ran.
 _REPLAY_FIELDS = ("seed", "micro_batch_size", "moe_router_topk", "hidden_dropout", "attention_dropout")
-_QUEUED_COPIES_LIMIT = 8
+# Slots, and the boundary tensors of the transcript.
+_QUEUED_COPIES_LIMIT = 16
 
 
 class SparseHooks:

@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
 from megatron.core.utils import get_attr_wrapped_model
 
+from megatron.moevement.integration.boundary import transcribed
 from megatron.moevement.integration.data import Batch
 from megatron.moevement.integration.job import TrainingJob
 
@@ -34,17 +35,18 @@ def run_forward_backward(job: TrainingJob, iteration: int) -> torch.Tensor | Non
         clear_aux_losses_tracker()
     position = job.samples_before(iteration)
     run_schedule = get_forward_backward_func()
-    losses = run_schedule(
-        forward_step_func=_forward_step,
-        data_iterator=[job.batches.iterator(position) for _ in job.chunks],
-        model=job.chunks,
-        num_microbatches=job.config.num_micro_batches,
-        seq_length=job.config.seq_length,
-        micro_batch_size=job.config.micro_batch_size,
-        forward_only=False,
-        p2p_communicator=job.communicator,
-        pg_collection=job.topology.groups,
-    )
+    with transcribed(job.communicator, iteration):
+        losses = run_schedule(
+            forward_step_func=_forward_step,
+            data_iterator=[job.batches.iterator(position) for _ in job.chunks],
+            model=job.chunks,
+            num_microbatches=job.config.num_micro_batches,
+            seq_length=job.config.seq_length,
+            micro_batch_size=job.config.micro_batch_size,
+            forward_only=False,
+            p2p_communicator=job.communicator,
+            pg_collection=job.topology.groups,
+        )
     if not losses:
         return None
     return torch.stack([micro_batch[LOSS] for micro_batch in losses]).sum(0)

@@ -22,7 +22,7 @@ from megatron.moevement.types import BufferInfo, IterationRecord, SlotSpec, Star
 from moevement_ext import DigestPool, EngineError
 
 FORMAT_VERSION = 2
-SUPERBLOCK_MAGIC = b"MOEVSTR\x02"
+SUPERBLOCK_MAGIC = b"MOEVSTR" + bytes([FORMAT_VERSION])
 PAGE_BYTES = 4096
 _SUPERBLOCK = struct.Struct("<8sQ16s")
 _HEADER = struct.Struct("<QQQQ16s")
@@ -101,28 +101,29 @@ def region_digests(pool: DigestPool, base: int, regions: Sequence[tuple[str, int
     return {name: found[16 * i : 16 * i + 16].hex() for i, (name, _, _) in enumerate(regions)}
 
 
-def encode_superblock(content: Mapping[str, Any]) -> bytes:
-    """The superblock, padded to whole pages."""
+def encode_superblock(content: Mapping[str, Any], magic: bytes = SUPERBLOCK_MAGIC) -> bytes:
+    """The superblock, padded to whole pages. `magic`: 7 bytes that say what the file is, and its format."""
     body = json.dumps(content, separators=(",", ":")).encode()
-    block = _SUPERBLOCK.pack(SUPERBLOCK_MAGIC, len(body), digest_bytes(body)) + body
+    block = _SUPERBLOCK.pack(magic, len(body), digest_bytes(body)) + body
     return block.ljust(_pages(len(block)), b"\0")
 
 
-def decode_superblock(view: memoryview, path: str) -> dict[str, Any]:
-    """The content of a superblock.
+def decode_superblock(view: memoryview, path: str, wanted: bytes = SUPERBLOCK_MAGIC) -> dict[str, Any]:
+    """The content of a superblock whose magic is `wanted`.
 
     Raises:
-        StoreError: not a store, or of another format; a person must decide. The message names the file.
+        StoreError: another kind of file, or of another format; a person must decide. The message names the file.
         SlotInvalid: torn or changed; the store is lost.
     """
+    kind = "slot" if wanted == SUPERBLOCK_MAGIC else "transcript"
     if len(view) < _SUPERBLOCK.size:
-        raise SlotInvalid(f"{path}: too short for a slot store")
+        raise SlotInvalid(f"{path}: too short for a {kind} store")
     magic, length, digest = _SUPERBLOCK.unpack(view[: _SUPERBLOCK.size])
-    if magic[:7] != SUPERBLOCK_MAGIC[:7]:
-        raise StoreError(f"{path}: not a slot store; remove it or use --sparse-ckpt-fresh")
-    if magic != SUPERBLOCK_MAGIC:
+    if magic[:7] != wanted[:7]:
+        raise StoreError(f"{path}: not a {kind} store; remove it or use --sparse-ckpt-fresh")
+    if magic != wanted:
         raise StoreError(
-            f"{path}: slot format {magic[7]}, this version reads {FORMAT_VERSION}; use the version that wrote it, "
+            f"{path}: {kind} format {magic[7]}, this version reads {wanted[7]}; use the version that wrote it, "
             "or --sparse-ckpt-fresh to discard it"
         )
     body = bytes(view[_SUPERBLOCK.size : _SUPERBLOCK.size + length])

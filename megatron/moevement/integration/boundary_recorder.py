@@ -1,0 +1,144 @@
+"""Writes what crosses this rank's stage boundaries to the transcript, iteration by iteration."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from megatron.moevement.errors import MoevementError, RecoveryError
+from megatron.moevement.integration.fingerprint import fingerprint
+from megatron.moevement.integration.log_copy import LogCopier
+from megatron.moevement.transcript.keys import BoundaryKey, Direction, Pipeline
+from megatron.moevement.transcript.log import TranscriptLog
+from moevement_ext import EngineError
+
+
+class BoundaryRecorder:
+    """Writes what this rank sends and the receipts of what it receives to the transcript.
+
+    A transcript that can't be written never ends training: the iteration is left out of it, and `problem` says why.
+
+    Args:
+        pipeline: says what is sent and received, in which order.
+        log: the transcript; None writes none.
+        copier: copies sent tensors to the transcript.
+        device: where boundary tensors are.
+    """
+
+    def __init__(self, pipeline: Pipeline, log: TranscriptLog | None, copier: LogCopier, device: torch.device) -> None:
+        self.pipeline, self.log, self._copier = pipeline, log, copier
+        self.iteration: int | None = None
+        self.problem = ""
+        self._writing = False
+        self._sent = dict.fromkeys(Direction, 0)
+        self._received = dict.fromkeys(Direction, 0)
+        rows = max(len(pipeline.received(direction)) for direction in Direction)
+        self._prints = {d: torch.zeros(rows, dtype=torch.int64, device=device) for d in Direction}
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="moevement-transcript")
+        self._commit: Future[None] | None = None
+
+    def begin(self, iteration: int) -> int | None:
+        """Starts the transcript of `iteration`; returns the iteration that was given up for lack of room, if any."""
+        self.settle()
+        self.iteration = iteration
+        self._sent, self._received = dict.fromkeys(Direction, 0), dict.fromkeys(Direction, 0)
+        self._writing, given_up = False, None
+        if self.log is not None:
+            try:
+                given_up = self.log.begin(iteration)
+                self._writing = True
+            except MoevementError as error:
+                self.problem = str(error)
+        return given_up
+
+    def sent(self, direction: Direction, tensor: torch.Tensor) -> BoundaryKey:
+        """Logs a tensor that is about to be sent; returns its key."""
+        key = self._next(self._sent, direction, self.pipeline.sent(direction), "sends")
+        if self._writing and self.log is not None:
+            try:
+                self._copier.copy(tensor, self.log.add(key, tensor.numel() * tensor.element_size()))
+            except (MoevementError, EngineError) as error:
+                self._give_up(str(error))
+        return key
+
+    def expect(self, direction: Direction) -> BoundaryKey:
+        """The key of the tensor that is received next."""
+        return self._next(self._received, direction, self.pipeline.received(direction), "receives")
+
+    def received(self, key: BoundaryKey, tensor: torch.Tensor) -> None:
+        """Notes the receipt of a tensor that has arrived, as far as the current stream is concerned."""
+        if self._writing:
+            fingerprint(tensor, self._prints[key.direction][key.order])
+
+    def _next(
+        self, counts: dict[Direction, int], direction: Direction, keys: Sequence[BoundaryKey], verb: str
+    ) -> BoundaryKey:
+        place = counts[direction]
+        if self.iteration is None or place >= len(keys):
+            raise RecoveryError(
+                f"iteration {self.iteration}: the schedule {verb} more than the {len(keys)} {direction} tensors planned"
+            )
+        counts[direction] = place + 1
+        return keys[place]
+
+    def finish(self) -> None:
+        """Ends the iteration: waits for its copies; digests and commit follow on a thread."""
+        iteration, self.iteration = self.iteration, None
+        if not self._writing or self.log is None or iteration is None:
+            return
+        self._writing = False
+        log = self.log
+        try:
+            self._copier.drain()
+        except EngineError as error:
+            self._give_up(str(error), iteration)
+            return
+        for direction, count in self._received.items():
+            prints = self._prints[direction].tolist()
+            for key in self.pipeline.received(direction)[:count]:
+                log.note_received(key, prints[key.order])
+        self._commit = self._worker.submit(log.commit, iteration)
+
+    def abandon(self) -> None:
+        """Ends an iteration that was interrupted, without a transcript of it."""
+        if self._writing:
+            self._give_up("")
+        self.iteration = None
+
+    def settle(self) -> None:
+        """Waits until the iteration that was finished last is committed, or is not (then `problem` says why)."""
+        if self._commit is not None:
+            commit, self._commit = self._commit, None
+            try:
+                commit.result()
+            except (MoevementError, EngineError) as error:
+                self.problem = str(error)
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self.settle()
+        self._worker.shutdown()
+
+    def check_complete(self) -> None:
+        """Raises RecoveryError unless everything that the schedule sends and receives has been sent and received."""
+        for counts, keys, verb in (
+            (self._sent, self.pipeline.sent, "sent"),
+            (self._received, self.pipeline.received, "received"),
+        ):
+            for direction, count in counts.items():
+                if count != len(keys(direction)):
+                    raise RecoveryError(
+                        f"iteration {self.iteration}: {count} of {len(keys(direction))} {direction} tensors were {verb}"
+                    )
+
+    def _give_up(self, why: str, iteration: int | None = None) -> None:
+        self._writing, self.problem = False, why or self.problem
+        # The segment may be taken again at once: nothing may write to it any more.
+        with contextlib.suppress(EngineError):
+            self._copier.drain()
+        number = self.iteration if iteration is None else iteration
+        if self.log is not None and number is not None:
+            self.log.abandon(number)

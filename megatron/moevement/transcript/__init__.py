@@ -1,0 +1,1 @@
+"""HOST MEMORY: what crossed a stage boundary, kept by the sender."""
