@@ -12,32 +12,30 @@ from megatron.moevement.errors import MoevementError
 from megatron.moevement.events import EventLog
 from megatron.moevement.operators.state import TrainingState
 from megatron.moevement.planning import Measured, SparsePlan, make_plan
-from megatron.moevement.recovery.conversion import Conversion, Progress, convert
+from megatron.moevement.recovery.conversion import Conversion, Progress, StartPoint, convert, require_same_loss
 from megatron.moevement.recovery.plan import newest_run, slots_to_keep
 from megatron.moevement.recovery.sources import SlotReader
-from megatron.moevement.recovery.start import Choice, choose_source, find_store, restart_count, store_path
+from megatron.moevement.recovery.start import (
+    Choice,
+    Found,
+    SlotOffer,
+    choose_source,
+    find_store,
+    open_quietly,
+    restart_count,
+    store_path,
+)
 from megatron.moevement.schedule.age import SnapshotAge
 from megatron.moevement.schedule.agreement import Agreement
-from megatron.moevement.schedule.ordering import capture_order, should_reorder
+from megatron.moevement.schedule.reordering import Reordering
 from megatron.moevement.schedule.slots import SlotSchedule, schedule_of
-from megatron.moevement.schedule.window import divide, slot_bytes
 from megatron.moevement.slot_memory import SlotMemory, together
 from megatron.moevement.snapshot.bandwidth import measure_bandwidth
 from megatron.moevement.snapshot.capture import Capture
 from megatron.moevement.store.committer import Committed, Committer
 from megatron.moevement.store.host_store import HostStore, discard
-from megatron.moevement.types import IterationRecord, Presence
+from megatron.moevement.types import IterationRecord, Presence, Run
 from moevement_ext import CopyEngine, DigestPool
-
-
-@dataclass(frozen=True, slots=True)
-class StartPoint:
-    """Where training starts: Step `step` (None: from scratch), already in place if it came from slots."""
-
-    source: str
-    step: int | None
-    conversion: Conversion | None
-    reasons: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +53,10 @@ class Surroundings:
 
 # What a rank says it can load while its slots' memory isn't pinned yet; slots are captured once all ranks' memory is.
 NOT_PINNED = -2
+
+
+# Iterations whose record is kept although no window can need it: what is copied, digested, and not heard of yet.
+RECORDS_BEYOND_RUN = 4
 
 
 class SparseCheckpointManager:
@@ -90,11 +92,13 @@ class SparseCheckpointManager:
         self._schedule: SlotSchedule | None = None
         self._age: SnapshotAge | None = None
         self._record: IterationRecord | None = None
-        self._counts: dict[str, int] = {}
+        self._records: dict[int, IterationRecord] = {}
+        self._found, self._alone = Found(None, "no slots"), False
         self._loadable = self._loadable_everywhere = -1
+        self._started = False
         self._iteration_starts: list[float] = []
-        # The first order by popularity may come with the first window; `_ordered_at` is then far in the past.
-        self._first_step, self._ordered_at = 0, -(1 << 62)
+        self._order = Reordering(config, state.table)
+        self._first_step = 0
         self._slot_bytes, self._stall_seconds, self._fence_started_time = 0, 0.0, 0.0
         self.plan: SparsePlan | None = None
         self.failed_slots = 0
@@ -117,8 +121,10 @@ class SparseCheckpointManager:
             StoreError: the slots are of another model, layout or format, or there is no room for new ones.
             RecoveryError: the replay wasn't exact.
         """
-        if self._config.fresh and restart_count() == 0:
+        if self._config.fresh and restart_count() == 0 and not self._started:
             together(self._agreement, lambda: discard(self._path))
+        self._started = True
+        self._set_down()
         path = None if self._config.dry_run else self._path
         wanted = {**self._identity}
         if self._config.window is not None:
@@ -135,30 +141,32 @@ class SparseCheckpointManager:
             source = "scratch" if choice.dense_step is None else "dense"
             return StartPoint(source, choice.dense_step, None, choice.reasons)
         assert found.store is not None
-        return self._recover(found.store, choice)
+        conversion = self._convert(found.store, choice.run, self._agreement)
+        self._loadable_everywhere = choice.run.last
+        return StartPoint("slots", choice.run.last, conversion, choice.reasons)
 
-    def _recover(self, store: HostStore, choice: Choice) -> StartPoint:
-        run = choice.run
-        assert run is not None
+    def _convert(self, store: HostStore, run: Run, agreement: Agreement) -> Conversion:
+        """Makes the state of Step `run.last` from slots, and goes on with their schedule. Collective over the group."""
         reader = SlotReader(store, self._state.table, self._agreement.rank, self._digests)
-        steps_with_work = [*run.steps]
         self._events.emit("recovery_started", first=run.first, last=run.last, replays=run.replays)
-        self._memory.pin(store)
+        if store is not self._store:
+            self._memory.pin(store)
         self._memory.wait_until_pinned()
         conversion = convert(
-            self._state, reader, run, self._agreement, self._surroundings.deterministic, self._report_conversion
+            self._state, reader, run, agreement, self._surroundings.deterministic, self._report_conversion
         )
-        specs = {step: reader.manifest(step).spec for step in steps_with_work}
+        specs = {step: reader.manifest(step).spec for step in run.steps}
         schedule = schedule_of(specs, run.last, self._config.window_mode)
-        self.plan = make_plan(self._config, self._state, self._agreement, None, schedule.window)
+        self.plan = make_plan(self._config, self._state, agreement, None, schedule.window)
         # Slots of later steps belong to iterations that will run again; each is replaced by its own capture.
         store.keep_only(frozenset(step for step in store.committed if step <= run.last))
         self._use(store, schedule, run.last)
         for step, spec in specs.items():
             if self._age is not None and step < run.last:
                 self._age.note(step, spec.full)
-        self._record, self._ordered_at = reader.manifest(run.last).record, run.last
-        self._loadable = self._loadable_everywhere = run.last
+        self._record = reader.manifest(run.last).record
+        self._order.restart(run.last)
+        self._loadable = run.last
         self._events.emit(
             "recovery_finished",
             step=run.last,
@@ -168,7 +176,77 @@ class SparseCheckpointManager:
             seconds=conversion.seconds,
             **_schedule_fields(schedule),
         )
-        return StartPoint("slots", run.last, conversion, choice.reasons)
+        return conversion
+
+    def _set_down(self) -> None:
+        """Lets go of slots and schedule; the slots stay where they are."""
+        if self._capture is not None:
+            self._capture.cancel()
+        if self._committer is not None:
+            self._committer.close()
+        if self._store is not None:
+            self._memory.give_back(self._store, keep=True)
+        self._store = self._capture = self._committer = self._schedule = self._age = self._record = None
+        self._loadable = self._loadable_everywhere = -1
+
+    def interrupt(self, verify: bool) -> SlotOffer:
+        """After a failure elsewhere: drops what is under way, and says what slots this rank could load.
+
+        Args:
+            verify: whether the slots' digests are checked; needed only where they may be loaded.
+        """
+        self._agreement.forget()
+        if self._capture is not None:
+            self._capture.cancel()
+        if self._committer is not None:
+            self._committer.drain()
+        if self._store is None:
+            self._found = open_quietly(self._path)
+        store = self._store or self._found.store
+        records = dict(self._records)
+        if store is None:
+            return SlotOffer("", {}, self._state.table.names, records, (self._found.problem,))
+        reader = SlotReader(store, self._state.table, self._agreement.rank, self._digests)
+        usable, rejected = reader.verified() if verify else (store.committed, {})
+        problems = tuple(f"slot of step {step}: {why}" for step, why in rejected.items())
+        return SlotOffer(store.content["run_id"], usable, self._state.table.names, records, problems)
+
+    def recover(self, run: Run | None, target: int, records: Mapping[int, IterationRecord], group: Agreement) -> None:
+        """Brings this rank, with its segment, to Step `target` while all others keep their state.
+
+        Converts `run`, then replays up to the target and takes the slots of these iterations again. Collective over
+        the segment's ranks, which are `group`.
+        """
+        store = self._store or self._found.store
+        assert run is not None and store is not None
+        if self._committer is not None:
+            self._committer.close()
+        self._records.update(records)
+        self._convert(store, run, group)
+        self._alone = True
+        try:
+            for iteration in range(run.last, target):
+                started = time.perf_counter()
+                record = records[iteration]
+                self.begin_iteration(iteration)
+                replayed = self._state.replay(record, frozenset(), self.before_optimizer_step)
+                require_same_loss(replayed, record, group, self._surroundings.deterministic)
+                self.end_iteration(record)
+                self._report_conversion(Progress(iteration, 0, 0, True, time.perf_counter() - started))
+        finally:
+            self._alone = False
+
+    def resume(self, loadable_everywhere: int, record: IterationRecord | None) -> None:
+        """All ranks stand at one Step again: goes on as if nothing had happened.
+
+        Args:
+            loadable_everywhere: what every rank can load, the same number on all of them.
+            record: of the iteration before, where its end was not reported.
+        """
+        if record is not None:
+            self._note(record)
+        self._loadable_everywhere = loadable_everywhere
+        self._iteration_starts.clear()
 
     def _report_conversion(self, progress: Progress) -> None:
         self._events.emit(
@@ -191,7 +269,8 @@ class SparseCheckpointManager:
             self._begin_captures(step)
         if self._schedule is None or self._capture is None:
             return
-        self._maybe_reorder(step)
+        if not self._alone:
+            self._maybe_reorder(step)
         self._retain()
         spec = self._schedule.spec(step)
         try:
@@ -218,8 +297,8 @@ class SparseCheckpointManager:
 
     def end_iteration(self, record: IterationRecord) -> None:
         """Notes the record of the iteration for the next slot, and tells the other ranks what this one can load."""
-        self._record = record
-        if self._store is not None:
+        self._note(record)
+        if self._store is not None and not self._alone:
             known = self._agreement.finish_minimum()
             if known is not None:
                 self._loadable_everywhere = max(self._loadable_everywhere, known)
@@ -228,6 +307,13 @@ class SparseCheckpointManager:
                 self._events.emit("pinning", slots=self._memory.pinned_slots, of=self._store.geometry.slots)
             self._agreement.start_minimum(self._loadable)
         self._events.emit("iteration", **self.status(record))
+
+    def _note(self, record: IterationRecord) -> None:
+        """The next slot holds the record; a few more are kept for others who replay."""
+        self._record = self._records[record.iteration] = record
+        kept = 0 if self.plan is None else self.plan.longest_run + RECORDS_BEYOND_RUN
+        for iteration in [i for i in self._records if i < record.iteration - kept]:
+            del self._records[iteration]
 
     def status(self, record: IterationRecord) -> dict[str, Any]:
         """The figures of an iteration for displays: bytes, seconds and steps as their names say."""
@@ -359,23 +445,16 @@ class SparseCheckpointManager:
 
     def _maybe_reorder(self, step: int) -> None:
         """At the start of a window: orders experts by popularity again if it has changed enough (paper 3.2)."""
-        schedule, config = self._schedule, self._config
+        schedule = self._schedule
         assert schedule is not None and self.plan is not None
-        if not config.reorder or schedule.index(step) or step == self._first_step:
+        if not self._config.reorder or schedule.index(step) or step == self._first_step:
             return
-        counts = self._state.popularity()
-        groups = schedule.groups
-        due = step - self._ordered_at >= config.reorder_windows * schedule.window
-        if due and should_reorder(self._counts, counts, config.reorder_change, config.reorder_share):
-            order = capture_order(self._state.table, counts)
-            groups = divide(self._state.table, order, schedule.window, schedule.mode)
-        worst = max(slot_bytes(self._state.table, groups, schedule.mode))
-        # All or none: data-parallel replicas must freeze the same operators in a replay.
-        too_large = self._agreement.maximum([float(worst > max(self.plan.slot_bytes) + self.plan.spare_bytes)])[0]
-        if groups != schedule.groups and not too_large:
-            self._schedule, self._counts, self._ordered_at = SlotSchedule(groups, schedule.mode), counts, step
-        if groups != schedule.groups:
-            self._events.emit("reorder", step=step, refused=bool(too_large), **_schedule_fields(self._schedule))
+        counts, most = self._state.popularity(), max(self.plan.slot_bytes) + self.plan.spare_bytes
+
+        def report(chosen: SlotSchedule, refused: bool) -> None:
+            self._events.emit("reorder", step=step, refused=refused, **_schedule_fields(chosen))
+
+        self._schedule = self._order.next_schedule(schedule, step, counts, most, self._agreement, report)
 
 
 def _schedule_fields(schedule: SlotSchedule | None) -> dict[str, Any]:

@@ -66,6 +66,19 @@ def share_loss(job: TrainingJob, local_loss: torch.Tensor | None) -> float:
         dist.all_reduce(totals, group=groups.dp_cp)
     last_stage = dist.get_global_rank(groups.pp, groups.pp.size() - 1)
     dist.broadcast(totals, src=last_stage, group=groups.pp)
+    return _mean(totals)
+
+
+def stage_loss(job: TrainingJob, local_loss: torch.Tensor | None) -> float | None:
+    """The mean loss per token on the last stage, None on the others; collective over the last stage alone."""
+    if local_loss is None:
+        return None
+    totals = local_loss.detach().float().clone()
+    dist.all_reduce(totals, group=job.topology.groups.dp_cp)
+    return _mean(totals)
+
+
+def _mean(totals: torch.Tensor) -> float:
     loss_sum, tokens = totals.tolist()
     return float(loss_sum / max(tokens, 1.0))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from megatron.moevement.integration.job import TrainingJob
 from megatron.moevement.integration.optimizer_setup import inner_optimizers
 from megatron.moevement.integration.replay import replay_iteration
 from megatron.moevement.integration.router_popularity import RouterPopularity
-from megatron.moevement.operators.state import MemoryRange, RecordedOperator
+from megatron.moevement.operators.state import MemoryRange, RecordedOperator, nothing
 from megatron.moevement.operators.table import OperatorTable
 from megatron.moevement.types import BufferInfo, IterationRecord, OperatorKind, Presence, StartState
 from moevement_ext import CopyEngine
@@ -38,6 +38,7 @@ class OperatorState:
         self._table = operator_table(job.chunks, self._owned)
         self._popularity = RouterPopularity(job.chunks)
         self._clones: list[torch.Tensor] = []
+        self._remembered: tuple[StartState, list[torch.Tensor]] | None = None
         # AdamW makes its state in its first step; slots need it from Step 0.
         dense_state.create_moments(job)
         self._keep_biases_in_fp32()
@@ -82,11 +83,27 @@ class OperatorState:
 
     def start_state(self, step: int) -> tuple[StartState, Sequence[MemoryRange]]:
         """RNG, scheduler, scalers, data position; buffers are cloned, because an iteration changes them early."""
+        state, self._clones = self._start_state(step)
+        return state, _ranges(self._clones)
+
+    def remember(self, step: int) -> None:
+        """Keeps what an iteration changes besides operators, so that `rewind` can undo an iteration half run."""
+        self._remembered = self._start_state(step)
+
+    def rewind(self) -> None:
+        """Back to the start of the iteration that was interrupted: operators haven't changed, the rest is restored."""
+        if self._remembered is None or self._remembered[0].step != self._job.step:
+            raise RecoveryError(f"the start of iteration {self._job.step} is not remembered")
+        state, clones = self._remembered
+        self._job.decided = None
+        self.load_start_state(state, _ranges(clones))
+
+    def _start_state(self, step: int) -> tuple[StartState, list[torch.Tensor]]:
         named = self._buffers()
-        self._clones = [tensor.detach().clone().contiguous() for _, tensor in named]
+        clones = [tensor.detach().clone().contiguous() for _, tensor in named]
         infos = tuple(
             BufferInfo(name, str(clone.dtype), tuple(clone.shape), clone.numel() * clone.element_size())
-            for (name, _), clone in zip(named, self._clones, strict=True)
+            for (name, _), clone in zip(named, clones, strict=True)
         )
         state = StartState(
             step=step,
@@ -96,8 +113,7 @@ class OperatorState:
             blobs=rng_state.capture(),
             buffers=infos,
         )
-        ranges = [MemoryRange(c.data_ptr(), i.nbytes) for c, i in zip(self._clones, infos, strict=True)]
-        return state, ranges
+        return state, clones
 
     def _buffers(self) -> list[tuple[str, torch.Tensor]]:
         return [
@@ -190,10 +206,12 @@ class OperatorState:
                 )
         rng_state.restore(state.blobs)
 
-    def replay(self, record: IterationRecord, frozen: frozenset[str]) -> IterationRecord:
+    def replay(
+        self, record: IterationRecord, frozen: frozenset[str], before_update: Callable[[], None] = nothing
+    ) -> IterationRecord:
         """Runs the recorded iteration again; the returned record differs from it in the loss at most."""
         items = self._items(sorted(frozen))
-        loss = replay_iteration(self._job, record, items)
+        loss = replay_iteration(self._job, record, items, before_update)
         return IterationRecord(
             iteration=record.iteration,
             loss=loss,
@@ -217,6 +235,10 @@ class OperatorState:
                     differing.append(operator.name)
                     break
         return tuple(differing)
+
+
+def _ranges(tensors: Sequence[torch.Tensor]) -> list[MemoryRange]:
+    return [MemoryRange(tensor.data_ptr(), tensor.numel() * tensor.element_size()) for tensor in tensors]
 
 
 def _adam_state(item: OwnedParameter) -> dict[str, torch.Tensor] | None:

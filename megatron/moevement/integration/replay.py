@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from megatron.moevement.integration.boundary import ReplayP2P
 from megatron.moevement.integration.discovery import OwnedParameter
-from megatron.moevement.integration.forward import run_forward_backward, share_loss
+from megatron.moevement.integration.forward import run_forward_backward, share_loss, stage_loss
 from megatron.moevement.integration.job import TrainingJob
 from megatron.moevement.integration.optimizer_setup import apply_update
+from megatron.moevement.operators.state import nothing
 from megatron.moevement.types import IterationRecord
 
 
-def replay_iteration(job: TrainingJob, record: IterationRecord, frozen: list[OwnedParameter]) -> float:
+def replay_iteration(
+    job: TrainingJob,
+    record: IterationRecord,
+    frozen: list[OwnedParameter],
+    before_update: Callable[[], None] = nothing,
+) -> float | None:
     """Runs iteration `record.iteration`; parameters of `frozen` get no weight gradient and no update.
 
     Learning rate, weight decay, gradient norm and the decision to skip come from the record. Returns the loss, which
-    must be that of the record in every bit. Collective over the world.
+    must be that of the record in every bit. Collective over the world, or over a segment that replays alone; then only
+    ranks of the last stage know the loss, others return None.
     """
     job.step = record.iteration
     with _frozen(job, frozen), _without_overlap(job):
-        loss = share_loss(job, run_forward_backward(job, record.iteration))
+        alone = isinstance(job.communicator, ReplayP2P)
+        local = run_forward_backward(job, record.iteration)
+        loss = stage_loss(job, local) if alone else share_loss(job, local)
+        before_update()
         if not record.skipped:
             _update(job, record, frozen)
     job.step = record.iteration + 1

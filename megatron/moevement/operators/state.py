@@ -1,11 +1,15 @@
 """What the rest of the package needs of a training job, and nothing more. `integration` implements it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from megatron.moevement.operators.table import OperatorTable
 from megatron.moevement.types import IterationRecord, Presence, StartState
+
+
+def nothing() -> None:
+    """What needs not be done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +76,15 @@ class TrainingState(Protocol):
         """Restores RNG, scheduler, scaler, data position and buffers."""
         ...
 
-    def replay(self, record: IterationRecord, frozen: frozenset[str]) -> IterationRecord:
+    def replay(
+        self, record: IterationRecord, frozen: frozenset[str], before_update: Callable[[], None] = nothing
+    ) -> IterationRecord:
         """Runs iteration `record.iteration` again with the recorded decisions; `frozen` operators don't change.
 
-        Returns the record of what the replay itself computed, for comparison.
+        `before_update` is called when gradients are final and weights still unchanged.
+
+        Returns the record of what the replay itself computed, for comparison; its loss is None on a rank that replays
+        without the last stage.
         """
         ...
 

@@ -34,6 +34,16 @@ class Conversion:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class StartPoint:
+    """Where training starts: Step `step` (None: from scratch), already in place if it came from slots."""
+
+    source: str
+    step: int | None
+    conversion: Conversion | None
+    reasons: tuple[str, ...]
+
+
 def convert(
     state: TrainingState,
     reader: SlotReader,
@@ -74,12 +84,23 @@ def convert(
                 raise RecoveryError(f"the slot of step {step + 1} has no record of iteration {step}")
             replayed = state.replay(record, frozenset(frozen))
             compared += 1
-            unequal = replayed.loss != record.loss and not _both_nan(replayed, record)
-            different += unequal
-            what = f"loss of iteration {step} ({replayed.loss} instead of {record.loss})"
-            _require_equal(agreement, deterministic, what, (what,) if unequal else ())
+            different += require_same_loss(replayed, record, agreement, deterministic)
         report(Progress(step, len(spec.full), len(frozen), step < run.last, time.perf_counter() - part_started))
     return Conversion(run, run.replays, compared, different, time.perf_counter() - started)
+
+
+def require_same_loss(
+    replayed: IterationRecord, record: IterationRecord, agreement: Agreement, deterministic: bool
+) -> bool:
+    """Whether the replayed loss differs from the recorded one; a rank that doesn't know the loss says None. Collective.
+
+    Raises:
+        RecoveryError: it does, on some rank, in deterministic mode.
+    """
+    unequal = replayed.loss is not None and replayed.loss != record.loss and not _both_nan(replayed, record)
+    what = f"loss of iteration {record.iteration} ({replayed.loss} instead of {record.loss})"
+    _require_equal(agreement, deterministic, what, (what,) if unequal else ())
+    return unequal
 
 
 def _both_nan(one: IterationRecord, other: IterationRecord) -> bool:

@@ -12,7 +12,7 @@ from megatron.moevement.recovery.plan import common_run
 from megatron.moevement.recovery.sources import SlotReader
 from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.store.host_store import HostStore
-from megatron.moevement.types import Run
+from megatron.moevement.types import IterationRecord, Run, SlotInfo
 from moevement_ext import DigestPool
 
 
@@ -22,6 +22,17 @@ class Found:
 
     store: HostStore | None
     problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class SlotOffer:
+    """What a rank could load after a failure elsewhere, and the records that it has; `problems` are for people."""
+
+    run_id: str
+    slots: Mapping[int, SlotInfo]
+    operators: frozenset[str]
+    records: Mapping[int, IterationRecord]
+    problems: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +50,14 @@ class Choice:
 def store_path(directory: Path, rank: int) -> Path:
     """The slot file of a rank."""
     return directory / f"rank{rank:05d}.slots"
+
+
+def open_quietly(path: Path) -> Found:
+    """The store of a process that took over a rank while the others wait: whatever is wrong with it is only noted."""
+    try:
+        return Found(HostStore.open(path), "") if path.exists() else Found(None, "no slots")
+    except (SlotInvalid, StoreError) as error:
+        return Found(None, f"damaged slots: {error}")
 
 
 def find_store(path: Path | None, identity: Mapping[str, Any], agreement: Agreement) -> Found:

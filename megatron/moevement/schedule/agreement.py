@@ -64,6 +64,10 @@ class Agreement:
         work.wait()
         return int(tensor.item())
 
+    def forget(self) -> None:
+        """Drops a minimum that is under way: its group is gone."""
+        self._pending = None
+
     def barrier(self) -> None:
         """Waits for all ranks."""
         dist.barrier(group=self._group)
