@@ -31,3 +31,11 @@ class RecoveryError(MoevementError):
 
 class AgreementError(MoevementError):
     """Ranks that should hold the same value do not."""
+
+
+class PeerLost(MoevementError):
+    """The current generation of process groups has failed: leave it and go on in the next one."""
+
+
+class JobEnded(MoevementError):
+    """The job stops cleanly, for the reason in the message; what must outlive this process is persisted now."""

@@ -1,0 +1,156 @@
+"""The agent's command line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.moevement.agent.head import Limits
+from megatron.moevement.agent.spawn import KINDS
+from megatron.moevement.arguments import OneLineParser
+
+PROGRAM = "python -m megatron.moevement.agent"
+PRELOAD = "megatron.moevement.integration.program"
+LOCALHOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says.
+
+    Attributes:
+        node_rank: None for a spare.
+        head: host and port of the head's store; port 0: any.
+        script: the training script and its arguments.
+    """
+
+    nproc_per_node: int
+    nnodes: int
+    node_rank: int | None
+    head: tuple[str, int]
+    replacement: str
+    preload: tuple[str, ...]
+    limits: Limits
+    grace_seconds: float
+    script: tuple[str, ...]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the agent; its exit status."""
+    options = parse(argv)
+    # After the command line is found good: a mistake costs no import of torch.
+    from megatron.moevement.agent.run import run
+
+    return run(options)
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """The options; a bad one is one line on standard error and exit status 2."""
+    parser = _parser()
+    given = parser.parse_args(argv)
+    for flag in ("nproc_per_node", "nnodes"):
+        if getattr(given, flag) < 1:
+            parser.error(f"--{flag.replace('_', '-')} {getattr(given, flag)}: give 1 or more")
+    for flag in ("max_failures", "max_failures_without_progress"):
+        if getattr(given, flag) < 0:
+            parser.error(f"--{flag.replace('_', '-')} {getattr(given, flag)}: give 0 or more")
+    for flag in ("heartbeat_timeout", "hang_timeout", "start_timeout", "grace"):
+        seconds = getattr(given, f"{flag}_seconds")
+        if not (math.isfinite(seconds) and seconds > 0):
+            parser.error(f"--{flag.replace('_', '-')}-seconds {seconds}: give a number of seconds above 0")
+    if given.heartbeat_timeout_seconds < 1:
+        parser.error(f"--heartbeat-timeout-seconds {given.heartbeat_timeout_seconds}: give 1 or more")
+    if not Path(given.script).is_file():
+        parser.error(f"SCRIPT {given.script}: no such file; give the path of the training script")
+    preload = tuple(name for name in given.preload.split(",") if name)
+    for name in preload if given.replacement != "cold" else ():
+        if not _importable(name):
+            parser.error(f"--preload {name}: no such module; give names that Python can import")
+    return Options(
+        nproc_per_node=given.nproc_per_node,
+        nnodes=given.nnodes,
+        node_rank=_node_rank(parser, given),
+        head=_head(parser, given),
+        replacement=given.replacement,
+        preload=preload,
+        limits=Limits(
+            failures=given.max_failures,
+            idle_failures=given.max_failures_without_progress,
+            hang_seconds=given.hang_timeout_seconds,
+            start_seconds=given.start_timeout_seconds,
+            heartbeat_seconds=given.heartbeat_timeout_seconds,
+        ),
+        grace_seconds=given.grace_seconds,
+        script=(given.script, *given.arguments),
+    )
+
+
+def _node_rank(parser: OneLineParser, given: argparse.Namespace) -> int | None:
+    rank: int | None = given.node_rank
+    if given.spare:
+        if rank is not None:
+            parser.error(f"--node-rank {rank}: a --spare has none until it takes over; leave one of the two out")
+        return None
+    if rank is None:
+        if given.nnodes > 1:
+            parser.error(f"--node-rank is missing: give 0 to {given.nnodes - 1}, or --spare")
+        return 0
+    if not 0 <= rank < given.nnodes:
+        parser.error(f"--node-rank {rank}: give 0 to {given.nnodes - 1}")
+    return rank
+
+
+def _head(parser: OneLineParser, given: argparse.Namespace) -> tuple[str, int]:
+    if given.head is None:
+        if given.nnodes > 1 or given.spare:
+            parser.error("--head is missing: give HOST:PORT of the agent with --node-rank 0")
+        return LOCALHOST, 0
+    host, _, port = given.head.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        parser.error(f"--head {given.head}: give HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
+def _importable(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _parser() -> OneLineParser:
+    defaults = Limits()
+    parser = OneLineParser(
+        prog=PROGRAM,
+        allow_abbrev=False,
+        description="Starts, watches and replaces the workers of one node. Exit status: 0 finished, 2 bad input, "
+        "75 stopped cleanly (start it again to go on).",
+    )
+    add = parser.add_argument
+    add("--nproc-per-node", type=int, default=1, metavar="N", help="workers on this node (default: 1)")
+    add("--nnodes", type=int, default=1, metavar="M", help="nodes of the job without spares (default: 1)")
+    add("--node-rank", type=int, metavar="I", help="which of the nodes this is; 0 is the head")
+    add("--head", metavar="HOST:PORT", help="where the head listens; needed with several nodes")
+    add("--spare", action="store_true", help="this node waits until it takes over a lost node's ranks")
+    kinds = "cold: new process; warm: an idle one with everything imported; fork: a fork of such a one"
+    add("--replacement", choices=KINDS, default="warm", help=f"{kinds} (default: warm)")
+    text = f"modules that warm and forked workers have imported, by commas (default: {PRELOAD})"
+    add("--preload", default=PRELOAD, metavar="MODULES", help=text)
+    text = f"deaths of workers after which the job is stopped (default: {defaults.failures})"
+    add("--max-failures", type=int, default=defaults.failures, metavar="K", help=text)
+    text = f"the same without a new iteration between them (default: {defaults.idle_failures})"
+    add("--max-failures-without-progress", type=int, default=defaults.idle_failures, metavar="K", help=text)
+    for flag, default, text in (
+        ("heartbeat-timeout", defaults.heartbeat_seconds, "silence after which a node is lost"),
+        ("hang-timeout", defaults.hang_seconds, "silence of a worker, while others wait, after which it is killed"),
+        ("start-timeout", defaults.start_seconds, "for all agents to come, and for a replacement to be ready"),
+        ("grace", 20.0, "for workers to end by themselves when the job is stopped; then SIGTERM, then SIGKILL"),
+    ):
+        add(f"--{flag}-seconds", type=float, default=default, metavar="S", help=f"{text} (default: {default:g})")
+    add("script", metavar="SCRIPT", help="the training script")
+    add("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
+    return parser

@@ -1,0 +1,324 @@
+"""What the head agent decides: a state machine over events of agents, with no process and no socket of its own.
+
+It is the only one that decides, so that a death, a ready replacement and the opening of a generation have one order.
+A generation is *open*, or its successor *gathers*: every rank must become ready before that opens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.moevement.agent.channel import EXIT_AGAIN
+from megatron.moevement.agent.hang import hung
+from megatron.moevement.agent.marks import NO_ITERATION, Mark
+
+Message = dict[str, Any]
+_EXIT_USAGE = 2
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When the head gives up waiting, or the job.
+
+    Attributes:
+        failures: deaths of workers in the whole job.
+        idle_failures: failures since the job made progress.
+        hang_seconds: silence of a worker while others wait.
+        start_seconds: until all agents are there, and until a replacement is ready.
+        heartbeat_seconds: silence of an agent.
+    """
+
+    failures: int = 100
+    idle_failures: int = 5
+    hang_seconds: float = 8.0
+    start_seconds: float = 600.0
+    heartbeat_seconds: float = 2.5
+
+
+@dataclass
+class Member:
+    """A rank, and the process that holds it now.
+
+    Attributes:
+        incarnation: counts the processes that have held it; what an older one says is void.
+        state: `up`, `leaving` (of a failed generation), `starting` (a replacement), `ready`, `finished`.
+        since: when the state began.
+    """
+
+    rank: int
+    agent: int
+    local_rank: int
+    local_world_size: int
+    incarnation: int = 0
+    state: str = "up"
+    since: float = 0.0
+
+
+@dataclass
+class Agent:
+    """An agent as the head sees it.
+
+    Attributes:
+        node: its node rank; None: a spare.
+        slots: workers that it can run.
+        life: number of its last sign of life.
+        heard: when that came.
+    """
+
+    node: int | None
+    slots: int
+    life: int = 0
+    heard: float = 0.0
+
+
+class Head:
+    """The decisions.
+
+    Args:
+        nodes: how many must be there before workers start.
+        limits: when to give up.
+        order: tells an agent (by number) what to do.
+        say: prints a line for people.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        nodes: int,
+        limits: Limits,
+        order: Callable[[int, Message], None],
+        say: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._nodes, self._limits, self._order, self._say, self._clock = nodes, limits, order, say, clock
+        self._began = clock()
+        self.agents: dict[int, Agent] = {}
+        self.members: dict[int, Member] = {}
+        self.generation, self.gathering = 0, False
+        self.end: tuple[int, str] | None = None
+        self._failures = self._idle_generations = 0
+        self._idle_deaths: dict[int, int] = {}
+        self._killed: dict[int, int] = {}
+        self._iteration, self._progress = NO_ITERATION, False
+
+    # ---------------------------------------------------------------------------------------------- events
+
+    def handle(self, event: Message) -> None:
+        """Takes note of what an agent has posted."""
+        agent = event["agent"]
+        if self.end is not None:
+            if event["is"] == "gone":
+                self.agents.pop(agent, None)
+        elif event["is"] == "enter":
+            self._enter(agent, event["node"], event["slots"])
+        elif agent not in self.agents:
+            return  # declared dead before it said this
+        elif event["is"] == "gone":
+            self._lose(agent, "its agent has ended")
+        elif event["is"] == "told to stop":
+            self.stop(EXIT_AGAIN, event["why"])
+        else:
+            member = self.members[event["rank"]]
+            if (member.agent, member.incarnation) == (agent, event["incarnation"]):
+                self._marked([Mark(**event["mark"])])
+                if event["is"] == "ready":
+                    self._ready(member)
+                elif event["is"] == "ended":
+                    self._ended(member, event["status"], event["why"])
+
+    def tick(self, lives: Mapping[int, tuple[int, list[Message]]]) -> None:
+        """Judges silence: of agents and of workers.
+
+        Args:
+            lives: the last sign of life of each agent: its number, and what its workers do.
+        """
+        now, marks = self._clock(), dict[int, Mark]()
+        for number, (life, reports) in lives.items():
+            agent = self.agents.get(number)
+            if agent is None:
+                continue
+            if life != agent.life:
+                agent.life, agent.heard = life, now
+            for report in reports:
+                member = self.members.get(report["rank"])
+                if member is not None and (member.agent, member.incarnation) == (number, report["incarnation"]):
+                    marks[member.rank] = Mark(**report["mark"])
+        self._marked(list(marks.values()))
+        if self.end is not None:
+            return
+        for number in [n for n, agent in self.agents.items() if now - agent.heard > self._limits.heartbeat_seconds]:
+            self._lose(number, f"no sign of life for {self._limits.heartbeat_seconds} s")
+        if self.end is None and not self.members and now - self._began > self._limits.start_seconds:
+            there = len([agent for agent in self.agents.values() if agent.node is not None])
+            self.stop(EXIT_AGAIN, f"{there} of {self._nodes} agents came within {self._limits.start_seconds:.0f} s")
+        if self.end is None:
+            self._judge(now, marks)
+
+    def stop(self, status: int, reason: str) -> None:
+        """Ends the job: every agent ends with this status."""
+        if self.end is None:
+            self.end = (status, reason)
+            if status:
+                self._say(f"stopping: {reason}")
+            for number in self.agents:
+                self._order(number, {"do": "end", "status": status, "reason": reason})
+
+    # ------------------------------------------------------------------------------------------------ ranks
+
+    def _enter(self, number: int, node: int | None, slots: int) -> None:
+        taken = any(agent.node == node for agent in self.agents.values()) if node is not None else False
+        if taken or (node is not None and node >= self._nodes):
+            why = f"--node-rank {node} is taken" if taken else f"--node-rank {node}: the job has {self._nodes} nodes"
+            self._order(number, {"do": "end", "status": _EXIT_USAGE, "reason": why})
+            return
+        if node is not None and self.members:
+            node = None  # it comes back after its ranks were given away: a spare
+        self.agents[number] = Agent(node, slots, heard=self._clock())
+        homes = sorted((agent.node, n) for n, agent in self.agents.items() if agent.node is not None)
+        if self.members or len(homes) < self._nodes:
+            return
+        for _, home in homes:
+            slots = self.agents[home].slots
+            for local_rank in range(slots):
+                member = Member(len(self.members), home, local_rank, slots)
+                self.members[member.rank] = member
+        for member in self.members.values():
+            self._start(member, first=True)
+
+    def _start(self, member: Member, first: bool = False) -> None:
+        member.incarnation += 1
+        self._set(member, "up" if first else "starting")
+        placed = {"rank": member.rank, "local_rank": member.local_rank, "incarnation": member.incarnation}
+        sizes = {"world_size": len(self.members), "local_world_size": member.local_world_size}
+        generation = 0 if first else self.generation + 1
+        self._order(member.agent, {"do": "start", **placed, **sizes, "generation": generation})
+
+    def _set(self, member: Member, state: str) -> None:
+        member.state, member.since = state, self._clock()
+
+    def _ready(self, member: Member) -> None:
+        if not self.gathering:
+            self._say(f"rank {member.rank} has left generation {self.generation}: a connection of it broke")
+            self._fail()
+            self._give_up_if_hopeless()
+        self._set(member, "ready")
+        self._open_if_complete()
+
+    def _open_if_complete(self) -> None:
+        if self.end is not None or any(member.state != "ready" for member in self.members.values()):
+            return
+        self.generation, self.gathering = self.generation + 1, False
+        for member in self.members.values():
+            self._set(member, "up")
+        self._say(f"generation {self.generation} opens")
+        self._tell_all({"do": "open", "generation": self.generation})
+
+    def _ended(self, member: Member, status: int, why: str) -> None:
+        if status == 0:
+            self._set(member, "finished")
+            if all(other.state == "finished" for other in self.members.values()):
+                self.stop(0, "finished")
+            elif self.gathering:
+                self.stop(EXIT_AGAIN, f"rank {member.rank} finished and others can't go on without it")
+        elif status == _EXIT_USAGE:
+            self.stop(_EXIT_USAGE, f"rank {member.rank} refused its input (exit status 2)")
+        else:
+            self._die([member], why)
+
+    def _die(self, dead: list[Member], why: str) -> None:
+        """Replaces the dead, on their agents."""
+        ranks = " ".join(str(member.rank) for member in dead)
+        self._say(f"rank {ranks}: {why}")
+        if not self.gathering:
+            self._fail()
+        for member in dead:
+            self._failures += 1
+            self._idle_deaths[member.rank] = self._idle_deaths.get(member.rank, 0) + 1
+        self._give_up_if_hopeless()
+        if self.end is None:
+            for member in dead:
+                self._start(member)
+
+    def _fail(self) -> None:
+        """The open generation fails."""
+        self.gathering = True
+        self._idle_generations = 0 if self._progress else self._idle_generations + 1
+        if self._progress:
+            self._idle_deaths.clear()
+        self._progress = False
+        for member in self.members.values():
+            if member.state == "up":
+                self._set(member, "leaving")
+        self._tell_all({"do": "fail", "generation": self.generation})
+        finished = [member.rank for member in self.members.values() if member.state == "finished"]
+        if finished:
+            self.stop(EXIT_AGAIN, f"a rank failed after rank {finished[0]} had finished")
+
+    def _give_up_if_hopeless(self) -> None:
+        idle = max([self._idle_generations, *self._idle_deaths.values()])
+        if self._failures > self._limits.failures:
+            self.stop(EXIT_AGAIN, f"more than {self._limits.failures} failures (--max-failures)")
+        elif idle > self._limits.idle_failures:
+            self.stop(EXIT_AGAIN, f"{idle} failures without progress (--max-failures-without-progress)")
+
+    def _marked(self, marks: list[Mark]) -> None:
+        """Progress: a new iteration; where none are named, any mark of the open generation."""
+        for mark in marks:
+            if mark.iteration > self._iteration:
+                self._iteration, self._progress = mark.iteration, True
+            elif self._iteration == NO_ITERATION and mark.beats > 1 and mark.generation == self.generation:
+                self._progress = True
+
+    # ---------------------------------------------------------------------------------------------- silence
+
+    def _lose(self, number: int, why: str) -> None:
+        """An agent is lost: its ranks go to a spare."""
+        lost = self.agents.pop(number)
+        orphans = [member for member in self.members.values() if member.agent == number]
+        where = f"agent {number}" + ("" if lost.node is None else f" (node rank {lost.node})")
+        if not orphans:
+            self._say(f"{where}: {why}")
+            return
+        taken = {member.agent for member in self.members.values()}
+        free = [n for n, agent in self.agents.items() if n not in taken and agent.slots >= len(orphans)]
+        if not free:
+            self._say(f"{where}: {why}")
+            self.stop(EXIT_AGAIN, f"{where} is lost and no spare with {len(orphans)} slots is left")
+            return
+        self.agents[free[0]].node = lost.node
+        for member in orphans:
+            member.agent = free[0]
+        self._die(orphans, f"{where}: {why}; agent {free[0]} takes over")
+
+    def _judge(self, now: float, marks: Mapping[int, Mark]) -> None:
+        limits = self._limits
+        if not self.gathering:
+            up = {member.rank for member in self.members.values() if member.state == "up"}
+            if up <= set(marks):
+                for rank in hung({rank: marks[rank] for rank in up}, self.generation, limits.hang_seconds):
+                    point, age = marks[rank].point, marks[rank].age
+                    self._kill(rank, f"no progress for {age:.0f} s in '{point}' while others wait")
+            return
+        for member in self.members.values():
+            mark, waited = marks.get(member.rank), now - member.since
+            if member.state == "leaving" and mark is not None and not mark.resting:
+                # One that has never made a mark is still importing.
+                limit = limits.hang_seconds if mark.beats else limits.start_seconds
+                if min(waited, mark.age) > limit:
+                    self._kill(member.rank, f"did not leave the failed generation within {limit:.0f} s")
+            elif member.state == "starting" and waited > limits.start_seconds:
+                self._kill(member.rank, f"was not ready within {limits.start_seconds:.0f} s")
+
+    def _kill(self, rank: int, why: str) -> None:
+        member = self.members[rank]
+        if self._killed.get(rank) == member.incarnation:
+            return  # its end is an event like any other, and on its way
+        self._killed[rank] = member.incarnation
+        self._order(member.agent, {"do": "kill", "rank": rank, "incarnation": member.incarnation, "why": why})
+
+    def _tell_all(self, message: Message) -> None:
+        for number in self.agents:
+            self._order(number, message)

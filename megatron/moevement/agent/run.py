@@ -1,0 +1,158 @@
+"""The agent's loop: workers, orders, signs of life, and on the head the decisions."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from datetime import timedelta
+from types import FrameType
+
+import torch.distributed as dist
+
+from megatron.moevement.agent.board import Board, Message, connect, serve
+from megatron.moevement.agent.channel import EXIT_AGAIN
+from megatron.moevement.agent.command import PROGRAM, Options
+from megatron.moevement.agent.head import Head
+from megatron.moevement.agent.marks import Marks
+from megatron.moevement.agent.node import Node
+from megatron.moevement.agent.spawn import Starter
+from megatron.moevement.arguments import refuse
+
+_TICK_SECONDS = 0.02
+_RENEW_SECONDS = 0.2
+# A node stops itself earlier than the head gives its ranks away.
+_FENCE_SHARE = 0.8
+_GOODBYE_SECONDS = 15.0
+
+
+def run(options: Options) -> int:
+    """Runs this node's workers until the job ends; the exit status."""
+    agent = _Agent(options)
+    try:
+        return agent.run()
+    finally:
+        agent.close()
+
+
+def say(line: str) -> None:
+    """A line for people."""
+    print(f"agent: {line}", file=sys.stderr, flush=True)
+
+
+class _Agent:
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._signal: int | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._told_to_stop)
+        self._marks = Marks.create(options.nproc_per_node)
+        self._starter = Starter(options.replacement, options.script, options.preload, self._marks.descriptor, say)
+        is_head = options.node_rank == 0
+        try:
+            # The server lives as long as this reference to it.
+            port = options.head[1]
+            if is_head:
+                self._server, port = serve(*options.head)
+            store = connect(options.head[0], port, timedelta(seconds=options.limits.start_seconds))
+        except (dist.DistError, OSError, RuntimeError) as error:
+            self._starter.close()
+            what = "can't listen there" if is_head else "no head answers there"
+            refuse(PROGRAM, f"--head {':'.join(map(str, options.head))}: {what} ({_first_line(error)})", {})
+        self._board = Board(store, options.limits.heartbeat_seconds)
+        self._number = self._board.enter()
+        self._node = Node(self._starter, self._marks, (options.head[0], port), self._post, options.grace_seconds)
+        self._head = Head(options.nnodes, options.limits, self._board.order, say) if is_head else None
+        self._heard_ns = time.monotonic_ns()
+        self._renew_at = 0.0
+
+    def _told_to_stop(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+
+    def _post(self, event: Message) -> None:
+        self._board.post(self._number, event)
+
+    def run(self) -> int:
+        """The loop; the exit status."""
+        self._renew()
+        if self._head is None:
+            threading.Thread(target=self._fence, name="fence", daemon=True).start()
+        self._post({"is": "enter", "node": self._options.node_rank, "slots": self._options.nproc_per_node})
+        while self._node.end is None or self._node.workers:
+            try:
+                self._turn()
+            except (dist.DistError, RuntimeError) as error:
+                if self._head is not None or self._node.end is not None:
+                    raise
+                return self._without_head(_first_line(error))
+        status: int = self._node.end["status"]
+        if status == 2 and self._head is None:
+            say(f"stopping: {self._node.end['reason']}")
+        self._goodbye()
+        return status
+
+    def _turn(self) -> None:
+        self._node.poll(_TICK_SECONDS)
+        if time.monotonic() >= self._renew_at:
+            self._renew()
+        if self._signal is not None:
+            name = signal.Signals(self._signal).name
+            self._post({"is": "told to stop", "why": f"agent {self._number} was told to ({name})"})
+            self._signal = None
+        for order in self._board.orders(self._number):
+            self._node.obey(order)
+        if self._head is not None:
+            self._decide(self._head)
+
+    def _decide(self, head: Head) -> None:
+        for event in self._board.events():
+            head.handle(event)
+        head.tick(self._board.lives(head.agents))
+
+    def _renew(self) -> None:
+        before = time.monotonic_ns()
+        self._board.renew(self._number, self._node.reports())
+        self._heard_ns, self._renew_at = before, time.monotonic() + _RENEW_SECONDS
+        # The head never gives its own node's ranks away.
+        fence = 0.0 if self._head is not None else self._options.limits.heartbeat_seconds * _FENCE_SHARE
+        self._marks.renew(before, fence)
+
+    def _fence(self) -> None:
+        """Ends this node when the head must take it for lost; a call to a silent head never returns."""
+        limit = self._options.limits.heartbeat_seconds * _FENCE_SHARE
+        while (silence := (time.monotonic_ns() - self._heard_ns) / 1e9) < limit:
+            time.sleep(min(limit - silence, _RENEW_SECONDS))
+        say(f"stopping: the head did not answer for {silence:.1f} s; this node fences itself")
+        # The kernel kills the workers with their parent.
+        os._exit(EXIT_AGAIN)
+
+    def _without_head(self, why: str) -> int:
+        """The head is gone, and with it the job: nobody gives this node's ranks away."""
+        say(f"stopping: the head is gone ({why})")
+        self._heard_ns = time.monotonic_ns() + int(1e9 * 3600)
+        self._marks.renew(self._heard_ns, 0.0)
+        self._node.obey({"do": "end", "status": EXIT_AGAIN, "reason": "the head agent is gone"})
+        while self._node.workers:
+            self._node.poll(_TICK_SECONDS)
+        return EXIT_AGAIN
+
+    def _goodbye(self) -> None:
+        """The head's store lasts until every other agent knows how the job ended."""
+        if self._head is None:
+            self._post({"is": "gone"})
+            return
+        deadline = time.monotonic() + self._options.grace_seconds + _GOODBYE_SECONDS
+        self._post({"is": "gone"})
+        while self._head.agents and time.monotonic() < deadline:
+            self._decide(self._head)
+            time.sleep(_TICK_SECONDS)
+
+    def close(self) -> None:
+        """Leaves no process behind."""
+        self._node.close()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0][:160]

@@ -1,0 +1,86 @@
+"""Shutting the sockets of this process: what frees a thread that is blocked in a gloo collective.
+
+Gloo has no abort: `abort`, `shutdown` and `destroy_process_group` return at once and the collective stays blocked
+until its time-out. A shut socket fails it within a millisecond.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+
+def shut_down_sockets(keep_ports: Collection[int] = ()) -> int:
+    """Shuts every connected TCP socket of this process, except where either end has one of the given ports.
+
+    Args:
+        keep_ports: ports of connections that stay, such as that of a store.
+
+    Returns:
+        How many were shut.
+    """
+    count = 0
+    for descriptor in descriptors():
+        with _tcp(descriptor) as connection:
+            if connection is None:
+                continue
+            try:
+                ports = (connection.getpeername()[1], connection.getsockname()[1])
+                if not any(port in keep_ports for port in ports):
+                    connection.shutdown(socket.SHUT_RDWR)
+                    count += 1
+            except OSError:
+                pass  # a listening socket, or one that its owner or its peer closes at this moment
+    return count
+
+
+def local_ports_to(port: int) -> frozenset[int]:
+    """Local ports of this process's connections to `port`."""
+    found = set()
+    for descriptor in descriptors():
+        with _tcp(descriptor) as connection:
+            if connection is None:
+                continue
+            try:
+                if connection.getpeername()[1] == port:
+                    found.add(connection.getsockname()[1])
+            except OSError:
+                pass  # not connected
+    return frozenset(found)
+
+
+def shut_down_local_ports(ports: Collection[int]) -> None:
+    """Shuts this process's connections that have one of these local ports."""
+    for descriptor in descriptors():
+        with _tcp(descriptor) as connection:
+            if connection is None:
+                continue
+            try:
+                connection.getpeername()
+                if connection.getsockname()[1] in ports:
+                    connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # a listening socket, or gone
+
+
+def descriptors() -> list[int]:
+    """Open file descriptors of this process."""
+    return [int(name) for name in os.listdir("/proc/self/fd")]
+
+
+@contextmanager
+def _tcp(descriptor: int) -> Iterator[socket.socket | None]:
+    """A second handle on a TCP socket; None for anything else."""
+    try:
+        if not os.readlink(f"/proc/self/fd/{descriptor}").startswith("socket:"):
+            yield None
+            return
+        handle = socket.socket(fileno=os.dup(descriptor))
+    except OSError:
+        yield None  # closed since it was listed
+        return
+    with handle:
+        tcp = handle.family in (socket.AF_INET, socket.AF_INET6) and handle.type == socket.SOCK_STREAM
+        yield handle if tcp else None

@@ -1,0 +1,154 @@
+"""Starting worker processes: cold, from an idle process that has imported everything, or by a fork of one.
+
+A started process is *unassigned*: it runs the script once its agent sends it environment and descriptors' numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from megatron.moevement.agent.channel import MARKS_VARIABLE, Channel
+
+KINDS = ("cold", "warm", "fork")
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+@dataclass
+class Process:
+    """A worker process as its agent sees it.
+
+    Attributes:
+        channel: to the process.
+        pid: None until a forked process has told it.
+        pidfd: readable when the process has ended.
+        popen: what started it, if it is no fork.
+    """
+
+    channel: Channel
+    pid: int | None = None
+    pidfd: int | None = None
+    popen: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+
+    def started(self, pid: int) -> None:
+        """Its pid is known."""
+        self.pid, self.pidfd = pid, os.pidfd_open(pid)
+
+    def signal(self, number: int) -> None:
+        """Sends a signal to it and to whatever it has started, unless it has ended."""
+        if self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, number)
+
+    def reap(self) -> int:
+        """Waits for its end, kills what it left behind, and returns its status (negative: the signal)."""
+        if self.pid is None or self.pidfd is None:
+            return -signal.SIGKILL
+        # While it is a zombie its number belongs to nobody else.
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        self.signal(signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        if self.popen is not None:
+            self.popen.returncode = status
+        os.close(self.pidfd)
+        self.channel.close()
+        self.pid = self.pidfd = None
+        return status
+
+    def discard(self) -> None:
+        """Kills and reaps it."""
+        self.signal(signal.SIGKILL)
+        if self.pid is not None:
+            self.reap()
+        else:
+            self.channel.close()
+
+
+class Starter:
+    """Starts worker processes for one script.
+
+    Args:
+        kind: `cold`, `warm` or `fork`.
+        script: the script and its arguments.
+        preload: modules that warm and forked processes have imported.
+        marks: descriptor of the progress marks, which every worker inherits.
+        say: prints a line for people.
+    """
+
+    def __init__(
+        self, kind: str, script: Sequence[str], preload: Sequence[str], marks: int, say: Callable[[str], None]
+    ) -> None:
+        self._kind, self._script, self._preload, self._marks, self._say = kind, tuple(script), preload, marks, say
+        self._idle: Process | None = None
+        # A forked worker's parent ends at once; the agent inherits it and hears of its end like any parent.
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        if kind == "fork":
+            self._idle = self._execute("fork", preload)
+
+    def first(self) -> Process:
+        """A process for a worker of the first generation: nobody gains from an idle one then."""
+        return self.take() if self._kind == "fork" else self._execute("once", ())
+
+    def prepare(self) -> None:
+        """Starts the idle process that the next `take` of a warm one uses."""
+        if self._kind == "warm" and self._idle is None:
+            self._idle = self._execute("once", self._preload)
+
+    def take(self) -> Process:
+        """A process for a replacement, as quickly as this kind can."""
+        if self._idle is not None and self._idle.popen is not None and self._idle.popen.poll() is not None:
+            self._say(f"the idle {self._kind} process has ended (status {self._idle.popen.returncode}); starting cold")
+            self._forget_idle()
+            self._kind = "cold"
+        if self._kind == "fork" and self._idle is not None:
+            channel, other = Channel.pair()
+            with other:
+                self._idle.channel.send({"is": "fork"}, (other.fileno(),))
+            return Process(channel)
+        if self._kind == "warm" and self._idle is not None:
+            process, self._idle = self._idle, None
+            return process
+        return self._execute("once", ())
+
+    def assign(self, process: Process, environment: Mapping[str, str]) -> None:
+        """Has an unassigned process become the worker with this environment."""
+        process.channel.send({"environment": {**environment, MARKS_VARIABLE: str(self._marks)}})
+
+    @property
+    def pids(self) -> frozenset[int]:
+        """Of processes that belong to no worker."""
+        return frozenset(() if self._idle is None or self._idle.pid is None else (self._idle.pid,))
+
+    def close(self) -> None:
+        """Ends what is idle."""
+        if self._idle is not None:
+            self._idle.discard()
+            self._idle = None
+
+    def _forget_idle(self) -> None:
+        assert self._idle is not None
+        self._idle.channel.close()
+        if self._idle.pidfd is not None:
+            os.close(self._idle.pidfd)
+        self._idle = None
+
+    def _execute(self, mode: str, preload: Sequence[str]) -> Process:
+        channel, other = Channel.pair()
+        module = "megatron.moevement.agent.worker"
+        words = [sys.executable, "-u", "-m", module, str(other.fileno()), str(os.getpid()), mode, ",".join(preload)]
+        with other:
+            popen = subprocess.Popen(
+                [*words, *self._script],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(other.fileno(), self._marks),
+                start_new_session=True,
+            )
+            process = Process(channel, popen=popen)
+        process.started(popen.pid)
+        return process
