@@ -14,7 +14,7 @@ from megatron.moevement.agent.spawn import KINDS
 from megatron.moevement.arguments import OneLineParser
 
 PROGRAM = "python -m megatron.moevement.agent"
-PRELOAD = "megatron.moevement.integration.program"
+PRELOAD = "megatron.moevement.integration.preload"
 LOCALHOST = "127.0.0.1"
 
 

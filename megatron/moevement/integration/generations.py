@@ -1,0 +1,75 @@
+"""From one generation of process groups to the next, under a job that stays as it is."""
+
+from __future__ import annotations
+
+import gc
+import time
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron.moevement.agent.link import WorkerLink
+from megatron.moevement.agent.sockets import shut_down_sockets
+from megatron.moevement.errors import PeerLost
+from megatron.moevement.integration import distributed, groups
+from megatron.moevement.integration.job import TrainingJob
+
+_CONTROL = "control"
+# How long the agent may take to say that a generation has failed whose connections broke here first.
+_NEWS_SECONDS = 10.0
+
+
+class Generations:
+    """Leaves a generation that has failed and joins the next one.
+
+    Args:
+        job: its groups are replaced in place.
+        link: to the agent.
+    """
+
+    def __init__(self, job: TrainingJob, link: WorkerLink) -> None:
+        self._job, self._link = job, link
+        self._held = self._now()
+        self._left = False
+        link.watch(lambda: groups.free_from_collectives(job.config.backend, shut_down_sockets))
+
+    def _now(self) -> dict[str, Any]:
+        return {**groups.named_groups(), _CONTROL: self._job.topology.control}
+
+    def is_failure(self, error: BaseException) -> bool:
+        """Whether `error` is what the failure of another rank looks like here."""
+        if isinstance(error, PeerLost):
+            return True
+        if not isinstance(error, RuntimeError):
+            return False
+        deadline = time.monotonic() + _NEWS_SECONDS
+        while not self._link.failed and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self._link.failed
+
+    def leave(self) -> None:
+        """Gives up the groups and whatever of an interrupted iteration still waits for them."""
+        # Contexts of the schedule that were never left act when they are collected, which must not be later on.
+        gc.collect()
+        for chunk in self._job.chunks:
+            for bucket_group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                bucket_group.grad_reduce_handle = bucket_group.param_gather_handle = None
+                bucket_group.param_gather_dispatched = False
+                bucket_group.per_param_grad_ready_counts = {}
+                bucket_group.is_last_microbatch = True
+        groups.leave()
+
+    def join(self) -> None:
+        """Waits for the next generation and makes its groups. Collective over the world.
+
+        Raises:
+            JobEnded: the job ends.
+            PeerLost, RuntimeError: another rank was lost meanwhile; leave, and join again.
+        """
+        self._link.next_generation()
+        control = distributed.connect(self._job.config, self._link.store())
+        new = {**groups.named_groups(), _CONTROL: control}
+        groups.rebind(self._held, new)
+        self._held = new
+        self._job.topology = distributed.topology_of(self._job.topology.device, control)
+        dist.barrier(group=control)
