@@ -126,6 +126,20 @@ class SparseCheckpointConfig:
         "printed, and refused if it needs more.",
         unit="GiB",
     )
+    transcript: str = _knob(
+        "auto",
+        "--sparse-ckpt-transcript",
+        "Keep what crosses pipeline stage boundaries, so that only the stage of a failed worker rolls back and "
+        "replays; `auto` is on where there is more than one stage. Without it all stages roll back.",
+        choices=("auto", "on", "off"),
+    )
+    transcript_memory_gib: float = _knob(
+        0.0,
+        "--sparse-ckpt-transcript-memory-gib",
+        "Limit of the transcript's memory per rank; 0 is no limit but the file system's free space. A plan that needs "
+        "more turns the transcript off with a warning.",
+        unit="GiB",
+    )
     digest: bool = _knob(
         True,
         "--sparse-ckpt-digest",
@@ -202,7 +216,7 @@ class SparseCheckpointConfig:
                 raise ConfigError(f"{flag_of(name)} {getattr(self, name)}: must be at least {low}")
         if not 0 <= self.digest_threads <= MAX_DIGEST_THREADS:
             raise ConfigError(f"{flag_of('digest_threads')} {self.digest_threads}: must be 0 to {MAX_DIGEST_THREADS}")
-        for name in ("host_memory_gib", "bandwidth_gib_per_second", "dense_interval"):
+        for name in ("host_memory_gib", "transcript_memory_gib", "bandwidth_gib_per_second", "dense_interval"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{flag_of(name)} {getattr(self, name)}: must not be negative; 0 turns it off")
         for name in ("reorder_change", "reorder_share"):

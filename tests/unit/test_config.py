@@ -55,6 +55,7 @@ def test_every_knob_has_a_flag_of_its_own_and_a_text() -> None:
     ("knob", "value"),
     [
         ("max_window", 0),
+        ("transcript_memory_gib", -1.0),
         ("measure_iterations", 1),
         ("chunk_mib", 0),
         ("chunks_in_flight", 0),

@@ -7,7 +7,7 @@ ones go. No schedule is copied.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from megatron.moevement.transcript.log import TranscriptLog
 from megatron.moevement.transcript.packing import Bundle
 
 Exchanged = tuple[torch.Tensor | None, torch.Tensor | None, Any]
+Fetch = Callable[[int], Sequence[Bundle]]
 
 
 def boundary_pipeline(job: TrainingJob) -> Pipeline:
@@ -41,6 +42,10 @@ def boundary_tensor_bytes(job: TrainingJob) -> int:
     if config.sequence_parallel:
         elements //= config.tensor_model_parallel_size
     return elements * compute_dtype(config).itemsize
+
+
+def _nothing_more(_iteration: int) -> Sequence[Bundle]:
+    return ()
 
 
 class _Arriving:
@@ -138,12 +143,19 @@ class ReplayP2P(BoundaryP2P):
         inner: moves tensors inside the segment.
         recorder: writes the transcript again.
         previous_inside, next_inside: whether the neighbours replay too.
+        fetch: gives the bundles of an iteration that none were fed for.
     """
 
     def __init__(
-        self, inner: P2PCommunicator, recorder: BoundaryRecorder, previous_inside: bool, next_inside: bool
+        self,
+        inner: P2PCommunicator,
+        recorder: BoundaryRecorder,
+        previous_inside: bool,
+        next_inside: bool,
+        fetch: Fetch = _nothing_more,
     ) -> None:
         super().__init__(inner, recorder)
+        self._fetch = fetch
         # By direction: who sends in it, and who is sent to in it.
         self._live_from = {Direction.FORWARD: previous_inside, Direction.BACKWARD: next_inside}
         self._live_to = {Direction.FORWARD: next_inside, Direction.BACKWARD: previous_inside}
@@ -159,6 +171,8 @@ class ReplayP2P(BoundaryP2P):
         """Checks that the neighbours' transcripts are those of the iteration, complete, before anything is computed."""
         self._given, self._prints = {}, []
         pipeline = self.recorder.pipeline
+        for bundle in self._fetch(iteration):
+            self.feed(bundle)
         for direction in Direction:
             if self._live_from[direction] or not pipeline.has_sender(direction):
                 continue
@@ -284,15 +298,18 @@ def log_boundary(job: TrainingJob, recorder: BoundaryRecorder) -> LoggedP2P:
     return communicator
 
 
-def replay_boundary(job: TrainingJob, recorder: BoundaryRecorder, scope: frozenset[int]) -> ReplayP2P:
+def replay_boundary(
+    job: TrainingJob, recorder: BoundaryRecorder, scope: frozenset[int], fetch: Fetch = _nothing_more
+) -> ReplayP2P:
     """Gives the job, on a rank of `scope`, a communicator for replays, over its present process groups.
 
     Args:
         job: the training job.
         recorder: writes the transcript again.
-        scope: all stages that replay; what comes from others must be fed.
+        scope: all stages that replay; what comes from others must be fed, or fetched.
+        fetch: see ReplayP2P.
     """
     pipeline, inner = recorder.pipeline, build_communicator(job.config, job.topology, job.model_config)
     previous, following = (pipeline.sender(direction).stage in scope for direction in Direction)
-    job.communicator = communicator = ReplayP2P(inner, recorder, previous, following)
+    job.communicator = communicator = ReplayP2P(inner, recorder, previous, following, fetch)
     return communicator

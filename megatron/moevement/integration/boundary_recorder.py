@@ -38,7 +38,7 @@ class BoundaryRecorder:
         rows = max(len(pipeline.received(direction)) for direction in Direction)
         self._prints = {d: torch.zeros(rows, dtype=torch.int64, device=device) for d in Direction}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="moevement-transcript")
-        self._commit: Future[None] | None = None
+        self._commit: tuple[int, Future[None]] | None = None
 
     def begin(self, iteration: int) -> int | None:
         """Starts the transcript of `iteration`; returns the iteration that was given up for lack of room, if any."""
@@ -93,14 +93,14 @@ class BoundaryRecorder:
         log = self.log
         try:
             self._copier.drain()
-        except EngineError as error:
+            for direction, count in self._received.items():
+                prints = self._prints[direction].tolist()
+                for key in self.pipeline.received(direction)[:count]:
+                    log.note_received(key, prints[key.order])
+        except (MoevementError, EngineError) as error:
             self._give_up(str(error), iteration)
             return
-        for direction, count in self._received.items():
-            prints = self._prints[direction].tolist()
-            for key in self.pipeline.received(direction)[:count]:
-                log.note_received(key, prints[key.order])
-        self._commit = self._worker.submit(log.commit, iteration)
+        self._commit = (iteration, self._worker.submit(log.commit, iteration))
 
     def abandon(self) -> None:
         """Ends an iteration that was interrupted, without a transcript of it."""
@@ -111,11 +111,11 @@ class BoundaryRecorder:
     def settle(self) -> None:
         """Waits until the iteration that was finished last is committed, or is not (then `problem` says why)."""
         if self._commit is not None:
-            commit, self._commit = self._commit, None
+            (iteration, commit), self._commit = self._commit, None
             try:
                 commit.result()
             except (MoevementError, EngineError) as error:
-                self.problem = str(error)
+                self._give_up(str(error), iteration)
 
     def close(self) -> None:
         """Ends the thread."""

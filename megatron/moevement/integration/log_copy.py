@@ -62,6 +62,11 @@ class EngineCopier:
         self._outstanding: collections.deque[tuple[int, torch.Tensor, int]] = collections.deque()
         self._bytes = 0
 
+    @property
+    def outstanding_bytes(self) -> int:
+        """Bytes of tensors that are held."""
+        return self._bytes
+
     def copy(self, tensor: torch.Tensor, address: int) -> None:
         """Queues a copy, once there is room for it."""
         source = tensor.detach().contiguous()

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron.moevement.config import GIB
+from megatron.moevement.errors import ConfigError
 from megatron.moevement.store.format import Geometry
 from megatron.moevement.transcript.keys import Direction, Pipeline
 from megatron.moevement.transcript.records import aligned, index_room
@@ -39,6 +40,21 @@ class TranscriptPlan:
     def total_bytes(self) -> int:
         """Bytes of the whole transcript of a rank."""
         return self.segments * self.segment_bytes
+
+
+def transcript_wanted(choice: str, stages: int) -> bool:
+    """Whether there is to be a transcript.
+
+    Args:
+        choice: `on`, `off` or `auto`.
+        stages: pipeline-parallel size.
+
+    Raises:
+        ConfigError: `on` where nothing crosses a boundary.
+    """
+    if choice == "on" and stages == 1:
+        raise ConfigError("--sparse-ckpt-transcript on: there is one pipeline stage only; use auto")
+    return choice == "on" or (choice == "auto" and stages > 1)
 
 
 def plan_transcript(

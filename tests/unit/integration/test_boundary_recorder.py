@@ -1,0 +1,139 @@
+"""The recorder: what is sent and received is in the transcript; trouble costs the transcript, never the training."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron.moevement.errors import RecoveryError
+from megatron.moevement.integration.boundary_recorder import BoundaryRecorder
+from megatron.moevement.integration.fingerprint import fingerprint
+from megatron.moevement.integration.log_copy import EngineCopier, HostCopier
+from megatron.moevement.transcript.keys import Direction
+from megatron.moevement.transcript.log import TranscriptLog
+from moevement_ext import CopyEngine, DigestPool, EngineError
+from tests.support.transcripts import MIDDLE, RECORD_BYTES, SHAPE, create
+
+CPU = torch.device("cpu")
+
+
+def tensor(number: int) -> torch.Tensor:
+    return torch.full((RECORD_BYTES,), number, dtype=torch.uint8)
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> TranscriptLog:
+    return create(tmp_path / "t")
+
+
+@pytest.fixture
+def recorder(log: TranscriptLog) -> Iterator[BoundaryRecorder]:
+    made = BoundaryRecorder(MIDDLE, log, HostCopier(), CPU)
+    yield made
+    made.close()
+
+
+def exchange(recorder: BoundaryRecorder, iteration: int, count: int = 4) -> int | None:
+    """Begins an iteration and exchanges so many tensors in each way."""
+    given_up = recorder.begin(iteration)
+    for direction in Direction:
+        for number in range(count):
+            recorder.sent(direction, tensor(number))
+            recorder.received(recorder.expect(direction), tensor(100 + number))
+    return given_up
+
+
+def test_what_was_exchanged_is_in_the_log(recorder: BoundaryRecorder, log: TranscriptLog) -> None:
+    assert exchange(recorder, 3) is None
+    recorder.check_complete()
+    recorder.finish()
+    recorder.settle()
+    assert log.iterations == {3} and recorder.problem == ""
+    for direction in Direction:
+        assert [r.data[0] for r in log.records(3, direction)] == [0, 1, 2, 3]
+        wanted = torch.zeros(4, dtype=torch.int64)
+        for number in range(4):
+            fingerprint(tensor(100 + number), wanted[number])
+        assert [r.fingerprint for r in log.receipts(3, direction)] == wanted.tolist()
+
+
+def test_the_ring_tells_what_it_gives_up(recorder: BoundaryRecorder) -> None:
+    given_up = []
+    for iteration in range(6):
+        given_up.append(exchange(recorder, iteration))
+        recorder.finish()
+    assert given_up == [None, None, None, None, 0, 1]
+
+
+def test_an_interrupted_iteration_leaves_nothing(recorder: BoundaryRecorder, log: TranscriptLog) -> None:
+    exchange(recorder, 1, count=2)
+    with pytest.raises(RecoveryError, match="iteration 1: 2 of 4 forward tensors were sent"):
+        recorder.check_complete()
+    recorder.abandon()
+    recorder.abandon()
+    for iteration in (1, 2, 3, 4):
+        exchange(recorder, iteration)
+        recorder.finish()
+    recorder.settle()
+    assert log.iterations == {1, 2, 3, 4} and recorder.problem == ""
+
+
+def test_more_than_the_schedule_has_is_an_error(recorder: BoundaryRecorder) -> None:
+    exchange(recorder, 0)
+    with pytest.raises(RecoveryError, match="sends more than the 4 backward tensors planned"):
+        recorder.sent(Direction.BACKWARD, tensor(0))
+    recorder.abandon()
+    with pytest.raises(RecoveryError, match="receives more"):
+        recorder.expect(Direction.FORWARD)
+
+
+def test_without_a_log_only_the_order_is_known() -> None:
+    recorder = BoundaryRecorder(MIDDLE, None, HostCopier(), CPU)
+    exchange(recorder, 0)
+    recorder.check_complete()
+    recorder.finish()
+    recorder.abandon()
+    recorder.close()
+
+
+def test_a_tensor_that_does_not_fit_costs_the_transcript_only(recorder: BoundaryRecorder, log: TranscriptLog) -> None:
+    recorder.begin(0)
+    recorder.sent(Direction.FORWARD, torch.zeros(5000, dtype=torch.uint8))
+    recorder.sent(Direction.FORWARD, tensor(1))
+    recorder.received(recorder.expect(Direction.FORWARD), tensor(2))
+    recorder.finish()
+    recorder.settle()
+    assert "no room for activation 0" in recorder.problem and log.iterations == frozenset()
+    exchange(recorder, 1)
+    recorder.finish()
+    recorder.settle()
+    assert log.iterations == {1}
+
+
+class Failing(EngineCopier):
+    """A copier that fails at the end."""
+
+    def drain(self) -> None:
+        super().drain()
+        raise EngineError("lost")
+
+
+def test_a_failed_copy_costs_the_transcript_only(log: TranscriptLog) -> None:
+    recorder = BoundaryRecorder(MIDDLE, log, Failing(CopyEngine(), 1 << 20), CPU)
+    exchange(recorder, 0)
+    recorder.finish()
+    recorder.close()
+    assert recorder.problem == "lost" and log.iterations == frozenset()
+
+
+def test_a_failed_commit_costs_the_transcript_only(tmp_path: Path) -> None:
+    digests = DigestPool()
+    log = TranscriptLog.create(tmp_path / "t", {"rank": 1, "run_id": "run"}, SHAPE, digests)
+    recorder = BoundaryRecorder(MIDDLE, log, HostCopier(), CPU)
+    for iteration in range(5):
+        exchange(recorder, iteration)
+        digests.close()
+        recorder.finish()
+    recorder.settle()
+    assert "closed" in recorder.problem and log.iterations == frozenset()
