@@ -51,6 +51,15 @@ class Surroundings:
     deterministic: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """The run that slots are of, the newest step that every rank can load, and slots of the longest run."""
+
+    run_id: str
+    loadable_everywhere: int
+    longest_run: int
+
+
 # What a rank says it can load while its slots' memory isn't pinned yet; slots are captured once all ranks' memory is.
 NOT_PINNED = -2
 
@@ -102,6 +111,17 @@ class SparseCheckpointManager:
         self._slot_bytes, self._stall_seconds, self._fence_started_time = 0, 0.0, 0.0
         self.plan: SparsePlan | None = None
         self.failed_slots = 0
+
+    @property
+    def retention(self) -> Retention | None:
+        """What decides how long slots and transcripts are kept; None while no slots are taken."""
+        if self._store is None or self._capture is None or self.plan is None:
+            return None
+        return Retention(self._store.content["run_id"], self._loadable_everywhere, self.plan.longest_run)
+
+    def record(self, iteration: int) -> IterationRecord | None:
+        """The record of a recent iteration."""
+        return self._records.get(iteration)
 
     @property
     def capturing(self) -> bool:

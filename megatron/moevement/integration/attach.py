@@ -35,8 +35,7 @@ class SparseHooks:
         self._job = job
         self._manager = manager
         self._inner = inner
-        self._rates: tuple[float, ...] = ()
-        self._decays: tuple[float, ...] = ()
+        self._rates: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {}
 
     def before_forward(self, iteration: int) -> None:
         """Starts the capture of `Step iteration`."""
@@ -46,26 +45,31 @@ class SparseHooks:
     def before_optimizer_step(self, iteration: int) -> None:
         """Fences the capture, and notes the rates that the update will use before the scheduler moves on."""
         groups = self._job.optimizer.param_groups
-        self._rates = tuple(float(group["lr"]) for group in groups)
-        self._decays = tuple(float(group["weight_decay"]) for group in groups)
+        rates = tuple(float(group["lr"]) for group in groups)
+        decays = tuple(float(group["weight_decay"]) for group in groups)
+        before = {i: kept for i, kept in self._rates.items() if i == iteration - 1}
+        self._rates = {**before, iteration: (rates, decays)}
         self._inner.before_optimizer_step(iteration)
         self._manager.before_optimizer_step()
 
     def after_optimizer_step(self, iteration: int, outcome: IterationOutcome) -> None:
         """Hands over the iteration record."""
-        self._manager.end_iteration(
-            IterationRecord(
-                iteration=iteration,
-                loss=outcome.loss,
-                grad_norm=outcome.grad_norm,
-                skipped=outcome.skipped,
-                learning_rates=self._rates,
-                weight_decays=self._decays,
-                loss_scale=outcome.loss_scale,
-                consumed_samples=self._job.samples_before(iteration),
-            )
-        )
+        self._manager.end_iteration(self.record_of(outcome))
         self._inner.after_optimizer_step(iteration, outcome)
+
+    def record_of(self, outcome: IterationOutcome) -> IterationRecord:
+        """The record of one of the last two iterations."""
+        rates, decays = self._rates[outcome.iteration]
+        return IterationRecord(
+            iteration=outcome.iteration,
+            loss=outcome.loss,
+            grad_norm=outcome.grad_norm,
+            skipped=outcome.skipped,
+            learning_rates=rates,
+            weight_decays=decays,
+            loss_scale=outcome.loss_scale,
+            consumed_samples=self._job.samples_before(outcome.iteration),
+        )
 
 
 def check_supported(config: TrainingConfig) -> None:
@@ -100,7 +104,7 @@ def copy_engine(device: torch.device, config: SparseCheckpointConfig) -> CopyEng
 
 
 def build_manager(
-    job: TrainingJob, config: SparseCheckpointConfig, events: EventLog
+    job: TrainingJob, config: SparseCheckpointConfig, events: EventLog, engine: CopyEngine | None = None
 ) -> tuple[SparseCheckpointManager, OperatorState]:
     """The manager of this job, and the operators that it sees. Collective over the world.
 
@@ -109,7 +113,7 @@ def build_manager(
     """
     check_supported(job.config)
     device = job.topology.device
-    engine = copy_engine(device, config)
+    engine = copy_engine(device, config) if engine is None else engine
     state = OperatorState(job, engine)
     identity = dense_state.identity(job.config)
     identity.update({"--" + name.replace("_", "-"): getattr(job.config, name) for name in _REPLAY_FIELDS})

@@ -30,7 +30,6 @@ class Generations:
     def __init__(self, job: TrainingJob, link: WorkerLink) -> None:
         self._job, self._link = job, link
         self._held = self._now()
-        self._left = False
         link.watch(lambda: groups.free_from_collectives(job.config.backend, shut_down_sockets))
 
     def _now(self) -> dict[str, Any]:
@@ -66,6 +65,8 @@ class Generations:
             JobEnded: the job ends.
             PeerLost, RuntimeError: another rank was lost meanwhile; leave, and join again.
         """
+        # A process that took over a rank has groups that don't communicate.
+        groups.leave()
         self._link.next_generation()
         control = distributed.connect(self._job.config, self._link.store())
         new = {**groups.named_groups(), _CONTROL: control}

@@ -1,8 +1,8 @@
 """Process groups of one generation after another, under a job that stays as it is.
 
 Megatron's modules, buffers and optimizers keep the groups that they were built with. After a failure all groups are
-made anew; `Generations.renew` finds every reference to an old group in the process and puts the new one there, and fails
-if one is left: a stale group would hang or mix generations.
+made anew; `rebind` finds every reference to an old group in the process, puts the new one there, and fails if one is
+left: a stale group would hang or mix generations.
 """
 
 from __future__ import annotations
@@ -65,13 +65,12 @@ def free_from_collectives(backend: str, shut_down_sockets: Callable[[], None]) -
                 group._get_backend(torch.device("cuda")).abort()
 
 
-def leave() -> dict[str, Any]:
-    """Gives up all groups; returns them by name, for `rebind`."""
-    old = named_groups()
+def leave() -> None:
+    """Gives up all groups there are, also half-made ones. References to them stay where they are, for `rebind`."""
     parallel_state.destroy_model_parallel()
-    with contextlib.suppress(RuntimeError):
-        dist.destroy_process_group()
-    return old
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
 
 
 def rebind(old: Mapping[str, Any], new: Mapping[str, Any]) -> int:
@@ -105,7 +104,7 @@ def _holders(groups: list[Any], old: Mapping[str, Any]) -> list[Any]:
 
 def _is_listing(holder: Any, groups: list[Any]) -> bool:
     # The argument tuple of get_referrers itself.
-    return isinstance(holder, tuple) and len(holder) == len(groups) and all(a is b for a, b in zip(holder, groups))
+    return isinstance(holder, tuple) and len(holder) == len(groups) and all(a is b for a, b in zip(holder, groups, strict=True))
 
 
 def _replace(holder: Any, successors: Mapping[int, Any]) -> int:
@@ -118,6 +117,11 @@ def _replace(holder: Any, successors: Mapping[int, Any]) -> int:
         holder.cell_contents = successors[id(holder.cell_contents)]
         return 1
     # An object whose attributes are stored within it refers to them itself, without a dictionary.
+    slots = [name for name in getattr(type(holder), "__slots__", ()) if id(getattr(holder, name, None)) in successors]
+    for name in slots:
+        object.__setattr__(holder, name, successors[id(getattr(holder, name))])
+    if slots:
+        return len(slots)
     attributes = getattr(holder, "__dict__", {})
     return _replace_items(attributes, [(k, v) for k, v in attributes.items() if id(v) in successors], successors)
 

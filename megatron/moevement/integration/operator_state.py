@@ -90,13 +90,14 @@ class OperatorState:
         """Keeps what an iteration changes besides operators, so that `rewind` can undo an iteration half run."""
         self._remembered = self._start_state(step)
 
-    def rewind(self) -> None:
-        """Back to the start of the iteration that was interrupted: operators haven't changed, the rest is restored."""
+    def rewind(self) -> bool:
+        """Undoes an iteration that was interrupted before its update; False if none of `job.step` was begun."""
         if self._remembered is None or self._remembered[0].step != self._job.step:
-            raise RecoveryError(f"the start of iteration {self._job.step} is not remembered")
+            return False
         state, clones = self._remembered
         self._job.decided = None
         self.load_start_state(state, _ranges(clones))
+        return True
 
     def _start_state(self, step: int) -> tuple[StartState, list[torch.Tensor]]:
         named = self._buffers()

@@ -106,6 +106,13 @@ def apply_update(optimizer: MegatronOptimizer, grad_norm: float | None) -> None:
         optimizer.step_with_ready_grads()
 
 
+def skip_update(optimizer: MegatronOptimizer) -> None:
+    """What a skipped iteration does: loss scales go down as after an overflow, whoever saw it."""
+    for member in inner_optimizers(optimizer):
+        if getattr(member, "grad_scaler", None) is not None:
+            member.grad_scaler.update(True)
+
+
 @contextlib.contextmanager
 def _without_gathering(optimizer: MegatronOptimizer) -> Iterator[None]:
     """Leaves out the gathering of weights that the distributed optimizer does within its step.

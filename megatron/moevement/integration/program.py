@@ -6,14 +6,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron.moevement.agent.link import WorkerLink
 from megatron.moevement.config import SparseCheckpointConfig
-from megatron.moevement.errors import ConfigError, StoreError
+from megatron.moevement.errors import ConfigError, JobEnded, StoreError
 from megatron.moevement.events import EventLog
 from megatron.moevement.integration import distributed, state_digest, train_loop, training_log
-from megatron.moevement.integration.attach import SparseHooks, build_manager
+from megatron.moevement.integration.attach import SparseHooks, build_manager, copy_engine
 from megatron.moevement.integration.dense_checkpoint import SaveResult, find_dense, load_dense, save_dense
 from megatron.moevement.integration.job import TrainingJob, build_job
+from megatron.moevement.integration.localized import LocalizedTraining
 from megatron.moevement.integration.operator_state import OperatorState
+from megatron.moevement.integration.transcription import Transcription
 from megatron.moevement.manager import SparseCheckpointManager
 from megatron.moevement.planning import describe
 from megatron.moevement.recovery.start import restart_count
@@ -22,6 +25,7 @@ from megatron.moevement.report.tensorboard import TensorBoardScalars
 from megatron.moevement.training_config import TrainingConfig
 
 EXIT_PEER_LOST = 1
+EXIT_AGAIN = 75
 # What gloo and NCCL say, in words, when another process is gone.
 _PEER_LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "Connection refused")
 
@@ -33,18 +37,27 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
         ConfigError, StoreError: something that the user can mend; the message says what.
         SystemExit: status 1 after one line, if another rank is gone; the launcher restarts the job.
     """
-    topology = distributed.start(config)
+    link = WorkerLink.from_environment()
+    if link is not None and not sparse.enabled:
+        raise ConfigError("--sparse-ckpt is missing: the agent needs it to recover; add it or use torchrun")
+    topology = distributed.start(config, link)
     try:
         job = build_job(config, topology)
-        history = _train_sparse(job, sparse) if sparse.enabled else _train(job)
+        history = _train_sparse(job, sparse, link) if sparse.enabled else _train(job)
         if config.state_digest is not None:
             state_digest.write_state_digest(config.state_digest, job, history)
         distributed.stop()
+    except JobEnded as error:
+        print(f"rank {topology.rank}: the job ends: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_AGAIN) from None
     except RuntimeError as error:
         if not any(text in str(error) for text in _PEER_LOST):
             raise
         print(f"rank {topology.rank}: another rank is gone ({_first_line(error)})", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_PEER_LOST) from None
+    finally:
+        if link is not None:
+            link.close()
 
 
 def _first_line(error: RuntimeError) -> str:
@@ -115,40 +128,62 @@ def _train(job: TrainingJob) -> list[train_loop.IterationOutcome]:
     return history
 
 
-def _train_sparse(job: TrainingJob, sparse: SparseCheckpointConfig) -> list[train_loop.IterationOutcome]:
+def _train_sparse(
+    job: TrainingJob, sparse: SparseCheckpointConfig, link: WorkerLink | None
+) -> list[train_loop.IterationOutcome]:
     """Training with a slot in every iteration."""
     events = EventLog(sparse.log_directory, job.topology.rank)
     close_reports = _listen(job, sparse, events)
     try:
-        return _train_with_manager(job, sparse, events)
+        return _train_with_manager(job, sparse, events, link)
     finally:
         close_reports()
         events.close()
 
 
 def _train_with_manager(
-    job: TrainingJob, sparse: SparseCheckpointConfig, events: EventLog
+    job: TrainingJob, sparse: SparseCheckpointConfig, events: EventLog, link: WorkerLink | None
 ) -> list[train_loop.IterationOutcome]:
     if sparse.dense_interval and job.config.save is None:
         raise ConfigError(f"--sparse-ckpt-dense-interval {sparse.dense_interval} needs --save: name a directory")
-    manager, state = build_manager(job, sparse, events)
+    engine = copy_engine(job.topology.device, sparse)
+    manager, state = build_manager(job, sparse, events, engine)
     if sparse.dry_run:
         _print_plan(job, sparse, manager, state)
         return []
-    found = _newest_dense(job, also_save=restart_count() > 0)
-    start = manager.start(None if found is None else found[1])
     intervals = (job.config.save_interval or 0, sparse.dense_interval)
     saver = DenseSaver(job, intervals, events, train_loop.NoHooks())
-    if start.source == "dense" and found is not None:
-        _load(job, *found)
-    if start.source == "slots" and sparse.dense_after_recovery:
-        saver.save()
-    history = train_loop.train(job, SparseHooks(job, manager, saver))
-    durable = saver.save()
+
+    def begin() -> None:
+        restarted = restart_count() > 0 or (link is not None and link.generation > 0)
+        found = _newest_dense(job, also_save=restarted)
+        start = manager.start(None if found is None else found[1])
+        if start.source == "dense" and found is not None:
+            _load(job, *found)
+        if start.source == "slots" and sparse.dense_after_recovery:
+            saver.save()
+
+    hooks = SparseHooks(job, manager, saver)
+    if link is None:
+        begin()
+        train_loop.train(job, hooks)
+        durable = saver.save()
+    else:
+        transcription = Transcription(job, sparse, engine, events)
+        localized = LocalizedTraining(job, state, manager, hooks, transcription, link, events)
+
+        def train() -> None:
+            train_loop.train(job, localized)
+            # Inside, so that a rank that dies in the last save is replaced too.
+            saver.save()
+
+        localized.run(begin, train)
+        durable = saver.save()
+        transcription.close(keep=sparse.keep or not durable)
     kept = manager.finish(durable)
     if kept and job.topology.rank == 0:
         print(f"slots kept in {sparse.job_directory} (remove them with the directory)", flush=True)
-    return history
+    return job.history
 
 
 def _newest_dense(job: TrainingJob, also_save: bool) -> tuple[str, int] | None:

@@ -12,7 +12,7 @@ from megatron.moevement.integration.boundary import ReplayP2P
 from megatron.moevement.integration.discovery import OwnedParameter
 from megatron.moevement.integration.forward import run_forward_backward, share_loss, stage_loss
 from megatron.moevement.integration.job import TrainingJob
-from megatron.moevement.integration.optimizer_setup import apply_update
+from megatron.moevement.integration.optimizer_setup import apply_update, skip_update
 from megatron.moevement.operators.state import nothing
 from megatron.moevement.types import IterationRecord
 
@@ -35,8 +35,11 @@ def replay_iteration(
         local = run_forward_backward(job, record.iteration)
         loss = stage_loss(job, local) if alone else share_loss(job, local)
         before_update()
-        if not record.skipped:
+        if record.skipped:
+            skip_update(job.optimizer)
+        else:
             _update(job, record, frozen)
+            job.scheduler.step(increment=job.config.samples_per_iteration)
     job.step = record.iteration + 1
     return loss
 

@@ -39,9 +39,7 @@ class Transcription:
         events: told of the memory, and of why there is no transcript.
     """
 
-    def __init__(
-        self, job: TrainingJob, config: SparseCheckpointConfig, engine: CopyEngine, events: EventLog
-    ) -> None:
+    def __init__(self, job: TrainingJob, config: SparseCheckpointConfig, engine: CopyEngine, events: EventLog) -> None:
         self._job, self._config, self._events = job, config, events
         self._path = transcript_path(config.job_directory, dist.get_rank())
         self._digests = DigestPool(config.threads(_ranks_on_node()))
@@ -50,22 +48,25 @@ class Transcription:
             self._copier = EngineCopier(engine, _OUTSTANDING_BYTES_LIMIT)
         self._log: TranscriptLog | None = None
         self._recorder = boundary_recorder(job, None, self._copier)
-        self._given_up = ""
+        self._run_id = ""
 
     @property
     def wanted(self) -> bool:
         """Whether this job has boundaries to log, and logging is on."""
-        return self._job.config.pipeline_model_parallel_size > 1 and self._config.transcript
+        return self._job.config.pipeline_model_parallel_size > 1 and self._config.transcript != "off"
 
     def open(self, run_id: str, longest_run: int) -> None:
         """Opens the transcript of the run, or makes one; without room there is none, and that is reported."""
-        if not self.wanted or self._given_up or self._log is not None:
+        if not self.wanted or run_id == self._run_id:
             return
+        self._run_id = run_id
+        if self._log is not None:
+            self._log.remove()
+            self._log = None
         try:
             self._log = self._existing(run_id) or self._new(run_id, longest_run)
         except MoevementError as error:
-            self._given_up = str(error)
-            self._events.emit("transcript_off", reason=self._given_up)
+            self._events.emit("transcript_off", reason=str(error))
             return
         self._recorder = boundary_recorder(self._job, self._log, self._copier)
         self.log_from_now_on()
