@@ -14,7 +14,7 @@ from megatron.moevement.agent.spawn import KINDS
 from megatron.moevement.arguments import OneLineParser
 
 PROGRAM = "python -m megatron.moevement.agent"
-PRELOAD = "megatron.moevement.integration.program"
+PRELOAD = "megatron.moevement.integration.preload"
 LOCALHOST = "127.0.0.1"
 
 
@@ -37,15 +37,6 @@ class Options:
     limits: Limits
     grace_seconds: float
     script: tuple[str, ...]
-
-
-def main(argv: Sequence[str]) -> int:
-    """Runs the agent; its exit status."""
-    options = parse(argv)
-    # After the command line is found good: a mistake costs no import of torch.
-    from megatron.moevement.agent.run import run
-
-    return run(options)
 
 
 def parse(argv: Sequence[str]) -> Options:

@@ -1,0 +1,13 @@
+"""What an idle worker process imports before it knows its rank; it looks at the script's arguments in `sys.argv`."""
+
+import importlib
+import sys
+
+from megatron.moevement.integration import cpu_backend, quiet
+
+quiet.quiet_core_warnings()
+if "--use-cpu" in sys.argv:
+    # The CPU backend stands before megatron.core: core fuses functions when it is imported.
+    cpu_backend.hide_cuda()
+    cpu_backend.install()
+importlib.import_module("megatron.moevement.integration.program")
