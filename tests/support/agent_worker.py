@@ -31,7 +31,13 @@ class Worker:
         self.link, self.folder, self.iterations, self.seconds = link, folder, iterations, seconds
         self.memory = torch.arange(1 << 16, dtype=torch.float32) + link.rank
         self.iteration = -1 if link.replacement else 0
-        link.watch(lambda: (self.note("abort"), shut_down_sockets()) and None)
+        self.noted = -1
+        link.watch(self.abort)
+
+    def abort(self) -> None:
+        """Frees the main thread."""
+        self.note("abort")
+        shut_down_sockets()
 
     def note(self, what: str, **more: object) -> None:
         """Appends a line to the rank's file."""
@@ -69,15 +75,19 @@ class Worker:
         dist.all_reduce(newest, op=dist.ReduceOp.MAX)
         self.iteration = max(0, int(newest))
         self.note("in", iteration=self.iteration)
-        while self.iteration < self.iterations:
+        last = False
+        while self.iteration < self.iterations and not last:
             link.beat("forward", self.iteration)
             self.obey("forward")
             time.sleep(self.seconds)
-            total = torch.ones(1)
+            total = torch.tensor([1.0, (self.folder / "finish").exists()])
             dist.all_reduce(total)
-            assert int(total) == link.world_size
-            link.check()
+            assert int(total[0]) == link.world_size
+            last = bool(total[1])
             self.iteration += 1
+            if self.noted != link.generation:
+                self.noted = link.generation
+                self.note("works", memory=self.memory.sum().item())
         dist.barrier()
 
     def obey(self, point: str) -> None:
@@ -85,9 +95,10 @@ class Worker:
         path = self.folder / f"fault-{self.link.rank}"
         if not path.exists() or not (word := path.read_text()).startswith(point):
             return
-        path.unlink()
+        if not word.endswith("always"):
+            path.unlink()
         self.note("fault", word=word)
-        fault = word.partition(" ")[2]
+        fault = word.split()[1]
         if fault == "hang":
             time.sleep(600)
         elif fault == "refuse":

@@ -7,6 +7,7 @@ Events and orders are numbered, so that each side reads all of them once and in 
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
@@ -25,9 +26,23 @@ def connect(host: str, port: int, timeout: timedelta) -> Store:
 
 
 def serve(host: str, port: int) -> tuple[Store, int]:
-    """The head's store, and the port that it listens on (the given one, unless that is 0)."""
-    store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-    return store, int(store.port)
+    """The head's store, and the port that it listens on (the given one, unless that is 0).
+
+    It listens on the address of `host` alone.
+
+    Raises:
+        OSError: it can't listen there.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(address)
+    listener.listen(1024)
+    bound = int(listener.getsockname()[1])
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        host, bound, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+    return store, bound
 
 
 class Board:

@@ -288,7 +288,6 @@ class Head:
             self._say(f"{where}: {why}")
             self.stop(EXIT_AGAIN, f"{where} is lost and no spare with {len(orphans)} slots is left")
             return
-        self.agents[free[0]].node = lost.node
         for member in orphans:
             member.agent = free[0]
         self._die(orphans, f"{where}: {why}; agent {free[0]} takes over")

@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 from megatron.moevement.agent.board import Board, Message, connect, serve
 from megatron.moevement.agent.channel import EXIT_AGAIN
-from megatron.moevement.agent.command import PROGRAM, Options
 from megatron.moevement.agent.head import Head
 from megatron.moevement.agent.marks import Marks
 from megatron.moevement.agent.node import Node
+from megatron.moevement.agent.options import PROGRAM, Options
 from megatron.moevement.agent.spawn import Starter
 from megatron.moevement.arguments import refuse
 
@@ -46,8 +46,6 @@ class _Agent:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._signal: int | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._told_to_stop)
         self._marks = Marks.create(options.nproc_per_node)
         self._starter = Starter(options.replacement, options.script, options.preload, self._marks.descriptor, say)
         is_head = options.node_rank == 0
@@ -76,6 +74,9 @@ class _Agent:
 
     def run(self) -> int:
         """The loop; the exit status."""
+        # Not before: a signal ends an agent that still looks for its head at once, and its processes with it.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._told_to_stop)
         self._renew()
         if self._head is None:
             threading.Thread(target=self._fence, name="fence", daemon=True).start()

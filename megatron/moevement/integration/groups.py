@@ -104,7 +104,11 @@ def _holders(groups: list[Any], old: Mapping[str, Any]) -> list[Any]:
 
 def _is_listing(holder: Any, groups: list[Any]) -> bool:
     # The argument tuple of get_referrers itself.
-    return isinstance(holder, tuple) and len(holder) == len(groups) and all(a is b for a, b in zip(holder, groups, strict=True))
+    return (
+        isinstance(holder, tuple)
+        and len(holder) == len(groups)
+        and all(a is b for a, b in zip(holder, groups, strict=True))
+    )
 
 
 def _replace(holder: Any, successors: Mapping[int, Any]) -> int:

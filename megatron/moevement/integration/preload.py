@@ -1,18 +1,13 @@
-"""Imports what a training process needs, for processes that wait to take over a rank. Nothing here calls CUDA.
+"""What an idle worker process imports before it knows its rank; it looks at the script's arguments in `sys.argv`."""
 
-The CPU backend stands before megatron.core, which fuses functions when it is imported, so the waiting process looks at
-the arguments that it will be started with.
-"""
-
+import importlib
 import sys
 
 from megatron.moevement.integration import cpu_backend, quiet
 
 quiet.quiet_core_warnings()
 if "--use-cpu" in sys.argv:
+    # The CPU backend stands before megatron.core: core fuses functions when it is imported.
     cpu_backend.hide_cuda()
     cpu_backend.install()
-
-from megatron.moevement.integration import program  # noqa: E402
-
-__all__ = ["program"]
+importlib.import_module("megatron.moevement.integration.program")

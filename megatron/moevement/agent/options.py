@@ -39,15 +39,6 @@ class Options:
     script: tuple[str, ...]
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs the agent; its exit status."""
-    options = parse(argv)
-    # After the command line is found good: a mistake costs no import of torch.
-    from megatron.moevement.agent.run import run
-
-    return run(options)
-
-
 def parse(argv: Sequence[str]) -> Options:
     """The options; a bad one is one line on standard error and exit status 2."""
     parser = _parser()

@@ -1,0 +1,122 @@
+"""One agent with real workers that are killed, stopped, hung and refused; survivors keep their process and memory."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.agents import Agents, wait
+
+pytestmark = pytest.mark.distributed
+QUICK = ("--replacement", "fork", "--preload", "torch.distributed")
+
+
+@pytest.fixture
+def agents(tmp_path: Path) -> Iterator[Agents]:
+    agents = Agents(tmp_path)
+    yield agents
+    agents.close()
+
+
+def processes(agents: Agents, generation: int, ranks: int) -> list[tuple[int, float]]:
+    """Pid and memory's sum of every rank, once all work in the generation."""
+    return [(note["pid"], note["memory"]) for note in agents.wait_in(generation, ranks)]
+
+
+def test_survivors_stay_and_one_is_replaced_again_and_again(agents: Agents) -> None:
+    agents.start("--nproc-per-node", "3", "--hang-timeout-seconds", "4", *QUICK)
+    before = processes(agents, 0, 3)
+    # The same rank twice; one that is stopped; one that hangs; one whose replacement dies before it is ready.
+    for generation, (victim, how) in enumerate(
+        [(1, "SIGKILL"), (1, "SIGKILL"), (0, "SIGSTOP"), (2, "hang"), (1, "SIGKILL")], start=1
+    ):
+        agents.order(victim, f"forward {how}")
+        if generation == 5:
+            wait(lambda: len(agents.notes(1, "fault")) == 3)
+            agents.order(1, "early SIGKILL")
+        after = processes(agents, generation, 3)
+        for rank in range(3):
+            assert after[rank][1] == before[rank][1]
+            assert (after[rank][0] == before[rank][0]) == (rank != victim)
+        before = after
+    assert len(agents.notes(1, "start")) >= 4
+    agents.finish()
+    assert agents.end() == 0
+    assert not agents.left()
+    assert all(len(agents.notes(rank, "done")) == 1 for rank in range(3))
+    said = agents.said()
+    assert "rank 0: was stopped for 2 s" in said
+    assert "rank 2: no progress for" in said and "in 'forward' while others wait" in said
+
+
+def test_two_at_once_and_warm_processes(agents: Agents) -> None:
+    agents.start("--nproc-per-node", "3", "--preload", "torch.distributed")
+    before = processes(agents, 0, 3)
+    for rank in (0, 2):
+        os.kill(before[rank][0], signal.SIGKILL)
+    after = agents.wait_in(max(note["generation"] for note in _latest(agents, before[0][0])), 3)
+    assert after[1]["pid"] == before[1][0]
+    assert {after[0]["pid"], after[2]["pid"]}.isdisjoint({before[0][0], before[2][0]})
+    agents.finish()
+    assert agents.end() == 0
+    assert not agents.left()
+
+
+def _latest(agents: Agents, old_pid: int) -> list[dict[str, int]]:
+    """Notes of rank 0's replacement at work."""
+    return wait(lambda: [note for note in agents.notes(0, "works") if note["pid"] != old_pid])
+
+
+def test_a_cold_replacement(agents: Agents) -> None:
+    agents.start("--nproc-per-node", "2", "--replacement", "cold")
+    before = processes(agents, 0, 2)
+    agents.order(0, "forward SIGKILL")
+    after = processes(agents, 1, 2)
+    assert after[0][0] != before[0][0] and after[1] == before[1]
+    # The agent is told to stop: workers hear why and end by themselves, with everything persisted.
+    agents.agents[0].send_signal(signal.SIGTERM)
+    assert agents.end() == 75
+    assert all("SIGTERM" in agents.notes(rank, "ended")[0]["reason"] for rank in range(2))
+    assert agents.said().strip().endswith("agent: stopping: agent 0 was told to (SIGTERM)")
+    assert not agents.left()
+
+
+def test_a_refusal_stops_everything(agents: Agents) -> None:
+    agents.order(1, "early refuse")
+    agents.start("--nproc-per-node", "2", *QUICK)
+    assert agents.end() == 2
+    assert "rank 1 refused its input" in agents.said()
+    assert not agents.left()
+
+
+def test_failures_without_progress_end_the_job(agents: Agents) -> None:
+    agents.order(1, "early error always")
+    agents.start("--nproc-per-node", "2", "--max-failures-without-progress", "2", *QUICK)
+    assert agents.end() == 75
+    assert len(agents.notes(1, "start")) == 3
+    assert "3 failures without progress" in agents.said()
+    assert not agents.left()
+
+
+def test_an_idle_process_that_can_not_import_is_no_end(agents: Agents, tmp_path: Path) -> None:
+    (tmp_path / "broken_preload.py").write_text("raise ImportError('no such luck')\n")
+    os.environ["PYTHONPATH"] = str(tmp_path)
+    try:
+        agents.start("--nproc-per-node", "2", "--preload", "broken_preload")
+    finally:
+        del os.environ["PYTHONPATH"]
+    before = processes(agents, 0, 2)
+    wait(lambda: "no such luck" in agents.said())
+    agents.order(0, "forward SIGKILL")
+    assert processes(agents, 1, 2)[1] == before[1]
+    assert "starting cold" in agents.said()
+
+
+@pytest.mark.parametrize("kind", ["fork", "warm"])
+def test_nobody_outlives_the_agent(agents: Agents, kind: str) -> None:
+    agents.start("--nproc-per-node", "2", "--replacement", kind, "--preload", "torch.distributed")
+    agents.wait_in(0, 2)
+    agents.agents[0].kill()
+    wait(lambda: not agents.left() or None)

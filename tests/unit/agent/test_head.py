@@ -1,0 +1,260 @@
+import dataclasses
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+
+from megatron.moevement.agent.head import Head, Limits
+from megatron.moevement.agent.marks import Mark
+
+FRESH = Mark(3, 0.0, 0, 1, False, "forward", False)
+
+
+class Cluster:
+    """A head under a clock of the test, and what it has ordered."""
+
+    def __init__(self, nodes: int = 1, slots: int = 2, limits: Limits | None = None) -> None:
+        self.now, self.orders, self.said = 0.0, list[tuple[int, dict[str, Any]]](), list[str]()
+        limits = limits or Limits(failures=10, idle_failures=3)
+        order = lambda agent, message: self.orders.append((agent, message))  # noqa: E731
+        self.head = Head(nodes, limits, order, self.said.append, lambda: self.now)
+        self.life, self.iteration = 0, 1
+        for node in range(nodes):
+            self.enter(node, node, slots)
+
+    def enter(self, agent: int, node: int | None, slots: int = 2) -> None:
+        self.head.handle({"is": "enter", "agent": agent, "node": node, "slots": slots})
+
+    def about(self, rank: int, what: str, mark: Mark | None = None, **more: Any) -> None:
+        member = self.head.members[rank]
+        mark = mark or dataclasses.replace(FRESH, generation=self.head.generation, iteration=self.iteration)
+        event = {"is": what, "agent": member.agent, "rank": rank, "incarnation": member.incarnation}
+        self.head.handle({**event, "mark": asdict(mark), **more})
+
+    def die(self, rank: int) -> None:
+        self.about(rank, "ended", status=-9, why="SIGKILL")
+
+    def ready(self, *ranks: int) -> None:
+        for rank in ranks:
+            self.about(rank, "ready")
+
+    def tick(self, alive: list[int] | None = None, marks: dict[int, Mark] | None = None) -> None:
+        self.life += 1
+        lives: dict[int, tuple[int, list[dict[str, Any]]]] = {}
+        for agent in self.head.agents if alive is None else alive:
+            members = [member for member in self.head.members.values() if member.agent == agent]
+            reports = [
+                {"rank": m.rank, "incarnation": m.incarnation, "mark": asdict((marks or {}).get(m.rank, FRESH))}
+                for m in members
+            ]
+            lives[agent] = (self.life, reports)
+        self.head.tick(lives)
+
+    def taken(self) -> list[tuple[int, dict[str, Any]]]:
+        orders, self.orders = self.orders, []
+        return orders
+
+
+def does(orders: list[tuple[int, dict[str, Any]]]) -> list[tuple[int, str, Any]]:
+    return [(agent, order["do"], order.get("rank", order.get("generation"))) for agent, order in orders]
+
+
+def test_workers_start_when_every_node_is_there() -> None:
+    cluster = Cluster(nodes=0)
+    cluster.head = Head(2, Limits(), lambda a, m: cluster.orders.append((a, m)), print, lambda: cluster.now)
+    cluster.enter(0, 1, 1)
+    assert not cluster.orders
+    cluster.enter(1, 0, 2)
+    # Ranks go by node rank, whoever came first.
+    assert does(cluster.taken()) == [(1, "start", 0), (1, "start", 1), (0, "start", 2)]
+    cluster.enter(2, 1)
+    assert cluster.taken()[0][1]["status"] == 2
+
+
+def test_a_death_fails_the_generation_and_is_replaced() -> None:
+    cluster = Cluster()
+    cluster.taken()
+    cluster.die(1)
+    assert does(cluster.taken()) == [(0, "fail", 0), (0, "start", 1)]
+    cluster.ready(1)
+    assert not cluster.taken()
+    cluster.ready(0)
+    assert does(cluster.taken()) == [(0, "open", 1)]
+    assert cluster.head.generation == 1
+
+
+def test_a_death_before_the_next_generation_opens_is_replaced_again() -> None:
+    cluster = Cluster()
+    cluster.die(1)
+    cluster.ready(1)
+    cluster.taken()
+    cluster.die(1)
+    assert does(cluster.taken()) == [(0, "start", 1)]
+    cluster.ready(0)
+    assert not cluster.taken()  # the dead one's word is void
+    cluster.ready(1)
+    assert does(cluster.taken()) == [(0, "open", 1)]
+
+
+def test_a_survivor_can_die_while_the_generation_gathers() -> None:
+    cluster = Cluster()
+    cluster.die(1)
+    cluster.ready(0)
+    cluster.die(0)
+    assert cluster.taken()[-1][1]["generation"] == 1
+    cluster.ready(1, 0)
+    assert does(cluster.taken()) == [(0, "open", 1)]
+
+
+def test_what_an_older_process_says_is_void() -> None:
+    cluster = Cluster()
+    cluster.die(1)
+    old = cluster.head.members[1].incarnation - 1
+    event = {"agent": 0, "rank": 1, "incarnation": old, "mark": asdict(FRESH)}
+    cluster.head.handle({"is": "ready", **event})
+    cluster.ready(0)
+    assert cluster.head.generation == 0
+
+
+def test_a_broken_connection_alone_fails_the_generation() -> None:
+    cluster = Cluster()
+    cluster.taken()
+    cluster.ready(0)
+    assert does(cluster.taken()) == [(0, "fail", 0)]
+    cluster.ready(1)
+    assert does(cluster.taken()) == [(0, "open", 1)]
+
+
+def test_all_finished_ends_with_0() -> None:
+    cluster = Cluster()
+    for rank in (0, 1):
+        cluster.about(rank, "ended", status=0, why="")
+    assert cluster.head.end == (0, "finished")
+
+
+@pytest.mark.parametrize(("status", "expected"), [(2, 2), (1, None)])
+def test_a_refusal_ends_with_2(status: int, expected: int | None) -> None:
+    cluster = Cluster()
+    cluster.about(0, "ended", status=status, why="")
+    assert (cluster.head.end and cluster.head.end[0]) == expected
+
+
+def test_a_failure_after_a_rank_has_finished_ends_the_job() -> None:
+    cluster = Cluster()
+    cluster.about(0, "ended", status=0, why="")
+    cluster.die(1)
+    assert cluster.head.end == (75, "a rank failed after rank 0 had finished")
+    assert not any(order["do"] == "start" for _, order in cluster.taken()[2:])
+
+
+def test_failures_are_counted() -> None:
+    cluster = Cluster(limits=Limits(failures=3, idle_failures=100))
+    for _ in range(3):
+        cluster.die(1)
+        cluster.ready(0, 1)
+        assert cluster.head.end is None
+    cluster.die(1)
+    assert cluster.head.end == (75, "more than 3 failures (--max-failures)")
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_only_failures_without_progress_are_counted_as_such(progress: bool) -> None:
+    cluster = Cluster(limits=Limits(failures=100, idle_failures=3))
+    for _ in range(8):
+        cluster.iteration += progress
+        cluster.die(1)
+        cluster.ready(0, 1)
+    assert (cluster.head.end is None) == progress
+
+
+def test_a_job_that_names_no_iteration_makes_progress_by_marks() -> None:
+    cluster = Cluster(limits=Limits(failures=100, idle_failures=3))
+    cluster.iteration = -1
+    for _ in range(8):
+        cluster.die(1)
+        cluster.ready(0, 1)
+    assert cluster.head.end is None
+
+
+def test_a_silent_node_is_given_to_a_spare() -> None:
+    cluster = Cluster(nodes=2)
+    cluster.enter(2, None, 1)
+    cluster.enter(3, None, 2)
+    cluster.taken()
+    cluster.now = 3.0
+    cluster.tick(alive=[0, 2, 3])
+    # Agent 2 has too few slots.
+    assert does(cluster.taken())[-2:] == [(3, "start", 2), (3, "start", 3)]
+    event = {"is": "ready", "agent": 1, "rank": 2, "incarnation": 1, "mark": asdict(FRESH)}
+    cluster.head.handle(event)
+    assert cluster.head.members[2].state == "starting"
+    cluster.ready(0, 1, 2, 3)
+    assert cluster.head.generation == 1
+    # The lost agent comes back as a spare, and is used.
+    cluster.enter(4, 1, 2)
+    cluster.now = 6.0
+    cluster.tick(alive=[0, 2, 4])
+    assert does(cluster.taken())[-1] == (4, "start", 3)
+
+
+def test_no_spare_left_ends_the_job() -> None:
+    cluster = Cluster(nodes=2)
+    cluster.now = 3.0
+    cluster.tick(alive=[0])
+    assert cluster.head.end is not None and cluster.head.end[0] == 75
+    assert "no spare" in cluster.head.end[1]
+
+
+def test_agents_that_do_not_come_end_the_job() -> None:
+    cluster = Cluster(nodes=0)
+    cluster.head = Head(2, Limits(start_seconds=5), lambda a, m: None, cluster.said.append, lambda: cluster.now)
+    cluster.enter(0, 0)
+    cluster.now = 5.1
+    cluster.tick()
+    assert cluster.head.end == (75, "1 of 2 agents came within 5 s")
+
+
+def test_a_hung_worker_is_killed_once() -> None:
+    cluster = Cluster(slots=3)
+    cluster.taken()
+    waits = dataclasses.replace(FRESH, waiting=True)
+    late = dataclasses.replace(FRESH, age=9.0)
+    for _ in range(2):
+        cluster.tick(marks={0: waits, 1: late, 2: waits})
+    assert does(cluster.taken()) == [(0, "kill", 1)]
+
+
+def test_a_survivor_that_does_not_leave_is_killed() -> None:
+    cluster = Cluster()
+    cluster.die(1)
+    cluster.taken()
+    cluster.now = 9.0
+    cluster.tick(marks={0: dataclasses.replace(FRESH, age=9.0, resting=True)})
+    cluster.tick(marks={0: dataclasses.replace(FRESH, age=1.0)})
+    assert not cluster.taken()
+    cluster.tick(marks={0: dataclasses.replace(FRESH, age=9.0)})
+    assert does(cluster.taken()) == [(0, "kill", 0)]
+
+
+def test_a_replacement_that_is_never_ready_is_killed() -> None:
+    cluster = Cluster(limits=Limits(start_seconds=20))
+    cluster.die(1)
+    cluster.ready(0)
+    cluster.taken()
+    cluster.now = 19.0
+    cluster.tick()
+    assert not cluster.taken()
+    cluster.now = 21.0
+    cluster.tick()
+    assert does(cluster.taken()) == [(0, "kill", 1)]
+
+
+def test_who_is_told_to_stop_stops_all() -> None:
+    cluster = Cluster(nodes=2)
+    cluster.taken()
+    cluster.head.handle({"is": "told to stop", "agent": 1, "why": "SIGTERM"})
+    assert does(cluster.taken()) == [(0, "end", None), (1, "end", None)]
+    cluster.die(0)
+    assert not cluster.taken()
+    cluster.head.handle({"is": "gone", "agent": 1})
+    assert list(cluster.head.agents) == [0]
