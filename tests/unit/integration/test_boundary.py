@@ -18,9 +18,8 @@ from megatron.moevement.errors import RecoveryError
 from megatron.moevement.integration.boundary import (
     LoggedP2P,
     ReplayP2P,
-    boundary_pipeline,
+    boundary_of,
     boundary_recorder,
-    boundary_tensor_bytes,
     log_boundary,
     replay_boundary,
     transcribed,
@@ -28,7 +27,7 @@ from megatron.moevement.integration.boundary import (
 from megatron.moevement.integration.boundary_recorder import BoundaryRecorder
 from megatron.moevement.integration.fingerprint import fingerprint
 from megatron.moevement.integration.log_copy import HostCopier
-from megatron.moevement.transcript.keys import Direction, Pipeline
+from megatron.moevement.transcript.keys import Boundary, Direction, Pipeline
 from megatron.moevement.transcript.log import TranscriptLog
 from megatron.moevement.transcript.packing import Bundle
 from megatron.moevement.transcript.plan import plan_transcript
@@ -176,7 +175,7 @@ class Stage:
 
     def recorder(self, path: Path) -> tuple[BoundaryRecorder, TranscriptLog]:
         """With a transcript of two iterations."""
-        plan = plan_transcript(self.pipeline, NBYTES, 1, 0.0, 1 << 30)
+        plan = plan_transcript(Boundary(self.pipeline, NBYTES), 1, 0.0, 1 << 30)
         log = TranscriptLog.create(path, {"rank": 1, "run_id": "run"}, plan.shape, DigestPool())
         return BoundaryRecorder(self.pipeline, log, HostCopier(), torch.device("cpu")), log
 
@@ -332,8 +331,7 @@ def test_an_incomplete_replay_is_noticed(tmp_path: Path) -> None:
 
 def test_a_job_and_its_communicators(build: Any, make_config: Any, tmp_path: Path) -> None:
     job = build()
-    assert boundary_pipeline(job) == Pipeline(1, 0, 2, 1, 1)
-    assert boundary_tensor_bytes(job) == 16 * 2 * 16 * 2
+    assert boundary_of(job) == Boundary(Pipeline(1, 0, 2, 1, 1), 16 * 2 * 16 * 2)
     recorder = boundary_recorder(job, None, HostCopier())
     assert isinstance(log_boundary(job, recorder), LoggedP2P)
     first = job.communicator
