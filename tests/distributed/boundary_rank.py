@@ -22,9 +22,8 @@ from megatron.moevement import arguments
 from megatron.moevement.errors import MoevementError
 from megatron.moevement.integration import distributed, state_digest
 from megatron.moevement.integration.boundary import (
-    boundary_pipeline,
+    boundary_of,
     boundary_recorder,
-    boundary_tensor_bytes,
     log_boundary,
     replay_boundary,
 )
@@ -49,9 +48,10 @@ class Lab:
     def __init__(self, job: TrainingJob, folder: Path, scope: list[int]) -> None:
         self.job, self.scope, digests = job, frozenset(scope), DigestPool()
         self.state = OperatorState(job, CopyEngine())
-        self.pipeline = boundary_pipeline(job)
+        boundary = boundary_of(job)
+        self.pipeline = boundary.pipeline
         self.inside = self.pipeline.stage in scope
-        plan = plan_transcript(self.pipeline, boundary_tensor_bytes(job), LAST, 0.0, 1 << 30)
+        plan = plan_transcript(boundary, LAST, 0.0, 1 << 30)
         content = {"rank": dist.get_rank(), "run_id": "run"}
         self.log = TranscriptLog.create(transcript_path(folder, dist.get_rank()), content, plan.shape, digests)
         self.recorder = boundary_recorder(job, self.log, HostCopier())

@@ -103,6 +103,11 @@ def copy_engine(device: torch.device, config: SparseCheckpointConfig) -> CopyEng
         ) from error
 
 
+def ranks_on_node() -> int:
+    """Ranks whose files share a directory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(dist.get_world_size())))
+
+
 def build_manager(
     job: TrainingJob, config: SparseCheckpointConfig, events: EventLog, engine: CopyEngine | None = None
 ) -> tuple[SparseCheckpointManager, OperatorState]:
@@ -120,7 +125,7 @@ def build_manager(
     identity["operators"] = xxhash.xxh3_64_hexdigest(state.table.to_json().encode())
     surroundings = Surroundings(
         identity=identity,
-        ranks_on_node=int(os.environ.get("LOCAL_WORLD_SIZE", str(dist.get_world_size()))),
+        ranks_on_node=ranks_on_node(),
         deterministic=job.config.deterministic_mode or device.type == "cpu",
     )
     manager = SparseCheckpointManager(config, state, Agreement(job.topology.control), engine, events, surroundings)

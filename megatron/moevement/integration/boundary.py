@@ -19,7 +19,7 @@ from megatron.moevement.integration.fingerprint import fingerprint
 from megatron.moevement.integration.job import TrainingJob, build_communicator
 from megatron.moevement.integration.log_copy import LogCopier
 from megatron.moevement.integration.model import compute_dtype
-from megatron.moevement.transcript.keys import BoundaryKey, Direction, Pipeline
+from megatron.moevement.transcript.keys import Boundary, BoundaryKey, Direction, Pipeline
 from megatron.moevement.transcript.log import TranscriptLog
 from megatron.moevement.transcript.packing import Bundle
 
@@ -27,21 +27,16 @@ Exchanged = tuple[torch.Tensor | None, torch.Tensor | None, Any]
 Fetch = Callable[[int], Sequence[Bundle]]
 
 
-def boundary_pipeline(job: TrainingJob) -> Pipeline:
-    """This rank's place in the job's pipeline, and the schedule's shape."""
+def boundary_of(job: TrainingJob) -> Boundary:
+    """This rank's place in the job's pipeline, the schedule's shape, and the bytes of the tensors that cross."""
     config, stages = job.config, job.config.pipeline_model_parallel_size
     # Core's own choice for the interleaved schedule unless told otherwise; with one chunk it makes no difference.
     group = job.model_config.microbatch_group_size_per_vp_stage or stages
-    return Pipeline(stages, job.topology.pipeline_rank, config.num_micro_batches, len(job.chunks), group)
-
-
-def boundary_tensor_bytes(job: TrainingJob) -> int:
-    """Bytes of a tensor that crosses a boundary; all are of one size."""
-    config = job.config
+    pipeline = Pipeline(stages, job.topology.pipeline_rank, config.num_micro_batches, len(job.chunks), group)
     elements = config.seq_length * config.micro_batch_size * config.hidden_size
     if config.sequence_parallel:
         elements //= config.tensor_model_parallel_size
-    return elements * compute_dtype(config).itemsize
+    return Boundary(pipeline, elements * compute_dtype(config).itemsize)
 
 
 def _nothing_more(_iteration: int) -> Sequence[Bundle]:
@@ -288,7 +283,7 @@ def transcribed(communicator: P2PCommunicator, iteration: int) -> Iterator[None]
 
 def boundary_recorder(job: TrainingJob, log: TranscriptLog | None, copier: LogCopier) -> BoundaryRecorder:
     """A recorder for the job's schedule; made once, it serves every communicator of this process."""
-    return BoundaryRecorder(boundary_pipeline(job), log, copier, job.topology.device)
+    return BoundaryRecorder(boundary_of(job).pipeline, log, copier, job.topology.device)
 
 
 def log_boundary(job: TrainingJob, recorder: BoundaryRecorder) -> LoggedP2P:

@@ -99,8 +99,9 @@ class LocalizedTraining:
         self._state.remember(iteration)
         retention = self._manager.retention
         if retention is not None:
-            self._transcription.open(retention.run_id, retention.longest_run)
-            self._transcription.retain(retention.loadable_everywhere, retention.longest_run)
+            run_id, longest = retention.run_id, retention.longest_run
+            if not self._transcription.retain(run_id, retention.loadable_everywhere, longest):
+                self._transcription.create(run_id, longest, self._agreement)
 
     def before_optimizer_step(self, iteration: int) -> None:
         """The fence."""
@@ -191,7 +192,7 @@ class LocalizedTraining:
         rank = self._job.topology.rank
         for plan, group in zip(decision.segments, groups, strict=True):
             if rank in plan.ranks:
-                self._replay(plan, decision.target, records, group)
+                self._replay(plan, decision.target, offers[rank].run_id, records, group)
                 break
         else:
             self._stand_by(decision)
@@ -200,6 +201,9 @@ class LocalizedTraining:
         if record is None and last is not None and last.iteration == decision.target - 1:
             record = self._manager.record(last.iteration) or self._sparse.record_of(last)
         self._manager.resume(decision.loadable_everywhere, record)
+        retention = self._manager.retention
+        if retention is not None and not all(self._agreement.gather(self._transcription.complete)):
+            self._transcription.create(retention.run_id, retention.longest_run, self._agreement)
 
     def _stand_by(self, decision: Decision) -> None:
         job = self._job
@@ -218,10 +222,16 @@ class LocalizedTraining:
                 self._transcription.serve(iteration, frozenset(plan.stages))
 
     def _replay(
-        self, plan: SegmentPlan, target: int, records: Mapping[int, IterationRecord], group: dist.ProcessGroup
+        self,
+        plan: SegmentPlan,
+        target: int,
+        run_id: str,
+        records: Mapping[int, IterationRecord],
+        group: dist.ProcessGroup,
     ) -> None:
         self._clean, self._job.decided = False, None
         self._link.beat("replays", resting=True)
+        self._transcription.reopen(run_id)
         self._transcription.replay(frozenset(plan.stages))
         with _gradient_statistics_within(self._job, group):
             self._manager.recover(plan.run, target, records, Agreement(group))
@@ -244,7 +254,7 @@ class LocalizedTraining:
 
 @contextlib.contextmanager
 def _gradient_statistics_within(job: TrainingJob, group: dist.ProcessGroup) -> Iterator[None]:
-    """Overflow checks of a replay reduce over the segment: the others don't take part, and what is decided is recorded."""
+    """Overflow checks of a replay reduce over the segment: the others don't take part, and the decision is recorded."""
     members = inner_optimizers(job.optimizer)
     before = [member.get_grad_stats_parallel_group() for member in members]
     for member in members:

@@ -11,7 +11,7 @@ from megatron.moevement.config import SparseCheckpointConfig
 from megatron.moevement.errors import ConfigError, JobEnded, StoreError
 from megatron.moevement.events import EventLog
 from megatron.moevement.integration import distributed, state_digest, train_loop, training_log
-from megatron.moevement.integration.attach import SparseHooks, build_manager, copy_engine
+from megatron.moevement.integration.attach import SparseHooks, build_manager, copy_engine, ranks_on_node
 from megatron.moevement.integration.dense_checkpoint import SaveResult, find_dense, load_dense, save_dense
 from megatron.moevement.integration.job import TrainingJob, build_job
 from megatron.moevement.integration.localized import LocalizedTraining
@@ -169,7 +169,7 @@ def _train_with_manager(
         train_loop.train(job, hooks)
         durable = saver.save()
     else:
-        transcription = Transcription(job, sparse, engine, events)
+        transcription = Transcription(job, sparse, engine, ranks_on_node(), events)
         localized = LocalizedTraining(job, state, manager, hooks, transcription, link, events)
 
         def train() -> None:

@@ -19,6 +19,7 @@ _REASONS_SHOWN = 4
 # `--sparse-ckpt-log-level`, and how severe what is narrated is; anything else is `info`.
 LEVELS = ("debug", "info", "warning", "error")
 _SEVERITY = {"slot": "debug", "conversion": "info", "slot_failed": "warning", "window_given_up": "warning"}
+_SEVERITY |= {"transcript_off": "warning", "transcript_failed": "warning"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +124,13 @@ class ProgressDisplay:
             return [f"slot of step {event['step']} committed: {_bytes(event['data_bytes'])}"]
         if kind == "slot_failed":
             return [f"slot of step {event['step']} failed, training goes on: {event['reason']}"]
+        if kind == "transcript":
+            kept = f"{event['segments']} iterations, {_bytes(event['memory_bytes'])} of host memory a rank"
+            return [f"boundary transcript: {kept}"]
+        if kind == "transcript_off":
+            return [f"no boundary transcript, training goes on: {event['reason']}"]
+        if kind == "transcript_failed":
+            return [f"no boundary transcript of iteration {event['iteration']}: {event['reason']}"]
         if kind == "window_given_up":
             return [f"slot of step {event['step']} given up: {event['reason']}"]
         if kind == "dense_save":

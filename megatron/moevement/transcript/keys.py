@@ -83,6 +83,14 @@ class Pipeline:
 
 
 @dataclass(frozen=True, slots=True)
+class Boundary:
+    """What there is to log on a rank: its place in the schedule, and the bytes of each tensor that crosses."""
+
+    pipeline: Pipeline
+    tensor_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Delivery:
     """A part of a transcript that one stage gives to another, whose ranks replay."""
 

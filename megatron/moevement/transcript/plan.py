@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from megatron.moevement.config import GIB
 from megatron.moevement.errors import ConfigError
 from megatron.moevement.store.format import Geometry
-from megatron.moevement.transcript.keys import Direction, Pipeline
+from megatron.moevement.transcript.keys import Boundary, Direction
 from megatron.moevement.transcript.records import aligned, index_room
 
 # Beyond what the longest run replays: one iteration being written, one being digested, and one that the other ranks
@@ -57,25 +57,22 @@ def transcript_wanted(choice: str, stages: int) -> bool:
     return choice == "on" or (choice == "auto" and stages > 1)
 
 
-def plan_transcript(
-    pipeline: Pipeline, tensor_bytes: int, longest_run: int, limit_gib: float, available_bytes: int
-) -> TranscriptPlan:
+def plan_transcript(boundary: Boundary, longest_run: int, limit_gib: float, available_bytes: int) -> TranscriptPlan:
     """Plans the transcript.
 
     Args:
-        pipeline: the schedule; the plan is that of its busiest stage.
-        tensor_bytes: bytes of a tensor that crosses a boundary.
+        boundary: the schedule and the tensors; the plan is that of the busiest stage.
         longest_run: iterations that a recovery may replay, see `recovery/plan.py`.
         limit_gib: limit per rank, GiB; 0 is none but the room there is.
         available_bytes: room per rank where the file will lie.
     """
-    entries, sent = 0, 0
+    pipeline, entries, sent = boundary.pipeline, 0, 0
     for stage in range(pipeline.stages):
         place = pipeline.at(stage)
         sends = sum(len(place.sent(direction)) for direction in Direction)
         entries = max(entries, sends + sum(len(place.received(direction)) for direction in Direction))
         sent = max(sent, sends)
-    plan = TranscriptPlan(longest_run + EXTRA_SEGMENTS, index_room(entries), sent * aligned(tensor_bytes), "")
+    plan = TranscriptPlan(longest_run + EXTRA_SEGMENTS, index_room(entries), sent * aligned(boundary.tensor_bytes), "")
     limit = min(limit_gib * GIB if limit_gib else float("inf"), available_bytes)
     if plan.total_bytes <= limit:
         return plan

@@ -72,6 +72,7 @@ def test_troubles_are_told() -> None:
     stream = io.StringIO()
     display = ProgressDisplay(_settings("plain"), stream)
     display(event("slot_failed", 1.0, step=3, reason="no free slot", failed_slots=1))
+    display(event("transcript_off", 1.0, reason="it needs 4 GiB"))
     display(event("window_given_up", 1.0, step=2, reason="no free slot"))
     display(event("reorder", 1.0, step=8, refused=True))
     display(event("a kind of another version", 1.0))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megatron.moevement.config import GIB
 from megatron.moevement.errors import ConfigError
-from megatron.moevement.transcript.keys import Direction, Pipeline
+from megatron.moevement.transcript.keys import Boundary, Direction, Pipeline
 from megatron.moevement.transcript.log import TranscriptLog
 from megatron.moevement.transcript.plan import plan_transcript, transcript_wanted
 from moevement_ext import DigestPool
@@ -17,25 +17,25 @@ from moevement_ext import DigestPool
 def test_the_busiest_stage_counts() -> None:
     tensor = 1 << 20
     for stage in range(3):
-        plan = plan_transcript(Pipeline(3, stage, 6, 1, 3), tensor, 7, 0.0, 1 << 40)
+        plan = plan_transcript(Boundary(Pipeline(3, stage, 6, 1, 3), tensor), 7, 0.0, 1 << 40)
         assert plan.segments == 10 and plan.data_bytes == 2 * 6 * tensor and plan.problem == ""
         assert 0 <= plan.total_bytes - 10 * 12 * tensor < 10 * 16384
     # Two stages send in one direction each, all but the ends of the model in both with chunks.
-    assert plan_transcript(Pipeline(2, 0, 6, 1, 2), tensor, 7, 0.0, 1 << 40).data_bytes == 6 * tensor
-    assert plan_transcript(Pipeline(2, 0, 6, 2, 2), tensor, 7, 0.0, 1 << 40).data_bytes == 3 * 6 * tensor
+    assert plan_transcript(Boundary(Pipeline(2, 0, 6, 1, 2), tensor), 7, 0.0, 1 << 40).data_bytes == 6 * tensor
+    assert plan_transcript(Boundary(Pipeline(2, 0, 6, 2, 2), tensor), 7, 0.0, 1 << 40).data_bytes == 3 * 6 * tensor
 
 
 @given(st.integers(2, 4), st.integers(1, 6), st.integers(1, 3), st.integers(1, 300))
 def test_every_stage_fits_its_plan(stages: int, micro_batches: int, chunks: int, nbytes: int) -> None:
     for stage in range(stages):
         pipeline = Pipeline(stages, stage, micro_batches, chunks, stages)
-        plan = plan_transcript(pipeline, nbytes, 1, 0.0, 1 << 40)
+        plan = plan_transcript(Boundary(pipeline, nbytes), 1, 0.0, 1 << 40)
         assert sum(len(pipeline.sent(d)) * nbytes for d in Direction) <= plan.data_bytes
 
 
 def test_the_file_is_as_large_as_the_plan(tmp_path: Path) -> None:
     pipeline = Pipeline(2, 0, 6, 2, 2)
-    plan = plan_transcript(pipeline, 1000, 3, 0.0, 1 << 40)
+    plan = plan_transcript(Boundary(pipeline, 1000), 3, 0.0, 1 << 40)
     log = TranscriptLog.create(tmp_path / "t", {"rank": 0, "run_id": "r"}, plan.shape, DigestPool())
     assert 0 < (tmp_path / "t").stat().st_size - plan.total_bytes <= 4096
     log.begin(0)
@@ -49,14 +49,18 @@ def test_the_file_is_as_large_as_the_plan(tmp_path: Path) -> None:
 
 def test_limits_turn_it_off_and_say_why() -> None:
     pipeline = Pipeline(2, 0, 4, 1, 2)
-    plan = plan_transcript(pipeline, 1 << 28, 1, 3.5, 1 << 40)
+    plan = plan_transcript(Boundary(pipeline, 1 << 28), 1, 3.5, 1 << 40)
     assert plan.problem == (
         "the transcript needs 4.000 GiB per rank (4 iterations of 1.000), more than "
         "--sparse-ckpt-transcript-memory-gib 3.5: without it every recovery rolls all stages back"
     )
-    assert "3.000 GiB free in --sparse-ckpt-dir" in plan_transcript(pipeline, 1 << 28, 1, 0.0, 3 * GIB).problem
-    assert "3.000 GiB free in --sparse-ckpt-dir" in plan_transcript(pipeline, 1 << 28, 1, 9.0, 3 * GIB).problem
-    assert plan_transcript(pipeline, 1 << 28, 1, 4.1, 5 * GIB).problem == ""
+    assert (
+        "3.000 GiB free in --sparse-ckpt-dir" in plan_transcript(Boundary(pipeline, 1 << 28), 1, 0.0, 3 * GIB).problem
+    )
+    assert (
+        "3.000 GiB free in --sparse-ckpt-dir" in plan_transcript(Boundary(pipeline, 1 << 28), 1, 9.0, 3 * GIB).problem
+    )
+    assert plan_transcript(Boundary(pipeline, 1 << 28), 1, 4.1, 5 * GIB).problem == ""
 
 
 def test_wanted() -> None:
