@@ -166,8 +166,8 @@ class ReplayP2P(BoundaryP2P):
         """Checks that the neighbours' transcripts are those of the iteration, complete, before anything is computed."""
         self._given, self._prints = {}, []
         pipeline = self.recorder.pipeline
-        for bundle in self._fetch(iteration):
-            self.feed(bundle)
+        for fetched in self._fetch(iteration):
+            self.feed(fetched)
         for direction in Direction:
             if self._live_from[direction] or not pipeline.has_sender(direction):
                 continue

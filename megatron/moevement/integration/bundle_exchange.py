@@ -32,7 +32,7 @@ class BundleExchange:
     ) -> None:
         self._pipeline, self._members, self._group, self._digests = pipeline, members, group, digests
 
-    def deliver(self, log: TranscriptLog, iteration: int, scope: frozenset[int]) -> list[Bundle]:
+    def deliver(self, log: TranscriptLog | None, iteration: int, scope: frozenset[int]) -> list[Bundle]:
         """One iteration, from the stages outside of `scope` to those inside. All ranks of the pipeline call it.
 
         Returns:
@@ -55,9 +55,11 @@ class BundleExchange:
             raise problems[0]
         return found
 
-    def _give(self, log: TranscriptLog, iteration: int, delivery: Delivery) -> None:
+    def _give(self, log: TranscriptLog | None, iteration: int, delivery: Delivery) -> None:
         receiver = self._members[delivery.receiver]
         try:
+            if log is None:
+                raise TranscriptInvalid(f"rank {dist.get_rank()} has no transcript")
             packed = pack(log, iteration, delivery.direction)
         except TranscriptInvalid as error:
             text = bytearray(str(error).encode())

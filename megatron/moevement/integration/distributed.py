@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.distributed_c10d import Store
 
 from megatron.moevement.agent.link import WorkerLink
 from megatron.moevement.argument_checks import UsageError
@@ -92,7 +93,7 @@ def start(config: TrainingConfig, link: WorkerLink | None = None) -> Topology:
     os.environ.setdefault("MASTER_PORT", "29500")
     if link is not None and link.replacement:
         with groups.without_communication():
-            dist.init_process_group(groups.FAKE, store=dist.HashStore(), rank=link.rank, world_size=link.world_size)
+            dist.init_process_group(groups.FAKE, store=groups.nowhere(), rank=link.rank, world_size=link.world_size)
             control = initialize_groups(config)
     else:
         control = connect(config, None if link is None else link.store())
@@ -100,7 +101,7 @@ def start(config: TrainingConfig, link: WorkerLink | None = None) -> Topology:
     return topology_of(device, control)
 
 
-def connect(config: TrainingConfig, store: dist.Store | None) -> dist.ProcessGroup:
+def connect(config: TrainingConfig, store: Store | None) -> dist.ProcessGroup:
     """Makes all process groups, over `store` or where the launcher's environment says; returns the control group."""
     timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
     rank = int(os.environ.get("RANK", "0"))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch.distributed.distributed_c10d import Store
 
 from megatron.moevement.errors import RecoveryError
 
@@ -53,7 +54,12 @@ def without_communication() -> Iterator[None]:
         dist.new_group = torch.distributed.new_group = original
 
 
-def free_from_collectives(backend: str, shut_down_sockets: Callable[[], None]) -> None:
+def nowhere() -> Store:
+    """A store for groups that communicate with nobody."""
+    return dist.HashStore()  # type: ignore[attr-defined, no-any-return]
+
+
+def free_from_collectives(backend: str, shut_down_sockets: Callable[[], object]) -> None:
     """Frees the main thread from a collective that can't end; called from another thread.
 
     gloo has no abort, so its sockets are shut. NCCL's communicators are aborted.

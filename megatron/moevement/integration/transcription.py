@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch.distributed as dist
 
@@ -16,6 +16,7 @@ from megatron.moevement.integration.log_copy import EngineCopier, HostCopier, Lo
 from megatron.moevement.recovery.plan import iterations_to_keep
 from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.transcript.log import TranscriptLog
+from megatron.moevement.transcript.packing import Bundle
 from megatron.moevement.transcript_memory import TranscriptMemory
 from moevement_ext import CopyEngine, DigestPool
 
@@ -93,10 +94,9 @@ class Transcription:
 
     def replay(self, scope: frozenset[int]) -> None:
         """A communicator for replays of the stages of `scope`, which asks the others for their transcripts."""
-        exchange = self._exchange()
 
-        def fetch(iteration: int) -> Any:
-            return exchange.deliver(self._log, iteration, scope)
+        def fetch(iteration: int) -> Sequence[Bundle]:
+            return self._deliver(iteration, scope)
 
         replay_boundary(self._job, self._recorder, scope, fetch)
 
@@ -107,16 +107,17 @@ class Transcription:
             TranscriptInvalid: it can't be used; it is dropped, so that it isn't offered again.
         """
         try:
-            self._exchange().deliver(self._log, iteration, scope)
+            self._deliver(iteration, scope)
         except TranscriptInvalid:
             if self._log is not None:
                 self._log.truncate(self._log.iterations - {iteration})
             raise
 
-    def _exchange(self) -> BundleExchange:
+    def _deliver(self, iteration: int, scope: frozenset[int]) -> Sequence[Bundle]:
         members = dist.get_process_group_ranks(self._job.topology.groups.pp)
         pipeline = boundary_of(self._job).pipeline
-        return BundleExchange(pipeline, members, self._job.topology.control, self._digests)
+        exchange = BundleExchange(pipeline, members, self._job.topology.control, self._digests)
+        return exchange.deliver(self._log, iteration, scope)
 
     def close(self, keep: bool) -> None:
         """Ends the commits; removes the file unless it is kept."""
