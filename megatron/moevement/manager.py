@@ -24,6 +24,7 @@ from megatron.moevement.schedule.window import divide, slot_bytes
 from megatron.moevement.slot_memory import SlotMemory, together
 from megatron.moevement.snapshot.bandwidth import measure_bandwidth
 from megatron.moevement.snapshot.capture import Capture
+from megatron.moevement.snapshot.copy_time import CopyTime
 from megatron.moevement.store.committer import Committed, Committer
 from megatron.moevement.store.host_store import HostStore, discard
 from megatron.moevement.types import IterationRecord, Presence
@@ -93,6 +94,7 @@ class SparseCheckpointManager:
         self._counts: dict[str, int] = {}
         self._loadable = self._loadable_everywhere = -1
         self._iteration_starts: list[float] = []
+        self._copy_time = CopyTime(engine)
         # The first order by popularity may come with the first window; `_ordered_at` is then far in the past.
         self._first_step, self._ordered_at = 0, -(1 << 62)
         self._slot_bytes, self._stall_seconds, self._fence_started_time = 0, 0.0, 0.0
@@ -187,6 +189,8 @@ class SparseCheckpointManager:
         self._iteration_starts.append(time.perf_counter())
         if self._store is None:
             self._measure(step)
+        if self._store is None:
+            self._copy_time.begin(self._state.stream())
         elif self._capture is None and self._loadable_everywhere > NOT_PINNED:
             self._begin_captures(step)
         if self._schedule is None or self._capture is None:
@@ -204,6 +208,7 @@ class SparseCheckpointManager:
 
     def before_optimizer_step(self) -> None:
         """The fence: returns when every copy of the slot has been read from the device."""
+        self._copy_time.fence()
         if self._capture is None or self._committer is None:
             return
         started, self._fence_started_time = time.perf_counter(), time.time()
@@ -289,7 +294,8 @@ class SparseCheckpointManager:
             self._engine, pieces, self._config.job_directory, self._agreement.rank, self._state.stream()
         )
         self._first_step = step
-        self._adopt(Measured(bandwidth, iteration), None)
+        copies = statistics.median(self._copy_time.seconds[1:])
+        self._adopt(Measured(bandwidth, iteration, copies), None)
 
     def _adopt(self, measured: Measured | None, window: int | None) -> None:
         """Makes the plan and takes its memory, on all ranks or on none."""
