@@ -93,7 +93,7 @@ class Bench:
     """Device memory, pinned shared memory as slots have it, and memory that the CUDA runtime pinned."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.nbytes = options.mib * MIB
+        self.nbytes: int = options.mib * MIB
         self._on_gpu, self._rounds, self._kind = options.device == "cuda", options.rounds, options.device
         spread = self.nbytes + self.nbytes // (min(PIECES_KIB) * KIB) * GAP_BYTES
         self._device = torch.randint(0, 256, (spread,), dtype=torch.uint8, device=options.device)
