@@ -114,9 +114,10 @@ class SparseCheckpointManager:
                 source is `dense`.
 
         Raises:
-            StoreError: the slots are of another model, layout or format, or there is no room for new ones.
+            StoreError: the slots are in use or of another model, layout or format, or there is no room for new ones.
             RecoveryError: the replay wasn't exact.
         """
+        self._memory.lock()
         if self._config.fresh and restart_count() == 0:
             together(self._agreement, lambda: discard(self._path))
         path = None if self._config.dry_run else self._path
@@ -268,8 +269,7 @@ class SparseCheckpointManager:
             self._committer.close()
         self._agreement.barrier()
         kept = self._store is not None and (self._config.keep or not durable)
-        if self._store is not None:
-            self._memory.give_back(self._store, kept)
+        self._memory.give_back(self._store, kept)
         if self._digests is not None:
             self._digests.close()
         self._engine.close()
