@@ -120,7 +120,7 @@ class SlotMemory:
             self._pinning.wait()
 
     def give_back(self, store: HostStore | None, keep: bool) -> None:
-        """Unpins the slots and unmaps them. Deletes them unless they are kept, and the directory if it is empty then."""
+        """Unpins and unmaps the slots. Deletes them unless they are kept, and then the directory if it is empty."""
         if self._pinning is not None:
             self._pinning.close()
         if store is not None:
