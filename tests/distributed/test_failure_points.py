@@ -138,7 +138,7 @@ def test_a_damaged_newest_slot_falls_back_to_the_window_before(lab: Lab, tmp_pat
     assert "digest of" in outcome.output
 
 
-@pytest.mark.parametrize("damage", ["all_slots", "file_missing", "file_cut", "superblock"])
+@pytest.mark.parametrize("damage", ["all_slots", "file_missing", "file_cut", "superblock", "empty", "unfinished"])
 def test_a_lost_rank_starts_from_scratch_and_says_so(
     lab: Lab, tmp_path: Path, shared_memory: Path, damage: str
 ) -> None:
@@ -153,7 +153,13 @@ def test_a_lost_rank_starts_from_scratch_and_says_so(
             path.unlink()
         else:
             content = path.read_bytes()
-            path.write_bytes(content[:5000] if damage == "file_cut" else content[:60] + b"?" + content[61:])
+            damaged = {
+                "file_cut": content[:5000],
+                "superblock": content[:60] + b"?" + content[61:],
+                "empty": b"",
+                "unfinished": bytes(len(content)),
+            }
+            path.write_bytes(damaged[damage])
 
     job.between = lose
     outcome = job.run()

@@ -118,6 +118,8 @@ def decode_superblock(view: memoryview, path: str) -> dict[str, Any]:
     if len(view) < _SUPERBLOCK.size:
         raise SlotInvalid(f"{path}: too short for a slot store")
     magic, length, digest = _SUPERBLOCK.unpack(view[: _SUPERBLOCK.size])
+    if not any(view[: _SUPERBLOCK.size]):
+        raise SlotInvalid(f"{path}: not finished: its worker died while it made the file")
     if magic[:7] != SUPERBLOCK_MAGIC[:7]:
         raise StoreError(f"{path}: not a slot store; remove it or use --sparse-ckpt-fresh")
     if magic != SUPERBLOCK_MAGIC:
