@@ -118,8 +118,8 @@ class Node:
         self.end = order
         for worker in self.workers.values():
             worker.process.channel.send(order)
-        # After a refusal there is nothing to persist.
-        grace = self._grace_seconds if order["status"] == EXIT_AGAIN else 0.0
+        # After a refusal there is nothing to persist; but the rank that prints the reason may not be there yet.
+        grace = self._grace_seconds if order["status"] == EXIT_AGAIN else min(self._grace_seconds, _TERM_SECONDS)
         self._signal_at = time.monotonic() + grace
 
     # ------------------------------------------------------------------------------------------------ watch
