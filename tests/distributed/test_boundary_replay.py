@@ -54,7 +54,7 @@ def test_stages_replay_alone(lab: Lab, case: str, shared_memory: Path) -> None:
     for rank in found:
         assert not rank["different"]
         assert rank["compared"] > 40
-        assert rank["iterations"] == [1, 2] and not rank["problem"] and rank["sent"]
+        assert rank["iterations"] == [1, 2] and not rank["troubles"] and rank["sent"]
     replayed = [rank for rank in found if any(rank["refused"].values())]
     assert len(replayed) == len(found) * len(scope) // (2 if scenario in (PP2, PP2X2) else 4)
     for rank in replayed:

@@ -15,6 +15,7 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron.moevement.errors import RecoveryError
+from megatron.moevement.events import EventLog
 from megatron.moevement.integration.boundary import (
     LoggedP2P,
     ReplayP2P,
@@ -177,7 +178,7 @@ class Stage:
         """With a transcript of two iterations."""
         plan = plan_transcript(Boundary(self.pipeline, NBYTES), 1, 0.0, 1 << 30)
         log = TranscriptLog.create(path, {"rank": 1, "run_id": "run"}, plan.shape, DigestPool())
-        return BoundaryRecorder(self.pipeline, log, HostCopier(), torch.device("cpu")), log
+        return BoundaryRecorder(self.pipeline, log, HostCopier(), torch.device("cpu"), EventLog(None, 0)), log
 
 
 @pytest.fixture(autouse=True)
@@ -201,7 +202,7 @@ def test_keys_are_what_the_schedule_does(
         recorder, log = stage.recorder(tmp_path / str(number))
         stage.run(LoggedP2P(stage.inner, recorder), 5)
         recorder.close()
-        assert log.iterations == {5} and recorder.problem == ""
+        assert log.iterations == {5}
         for direction in Direction:
             records = log.records(5, direction)
             assert [record.key for record in records] == [*stage.pipeline.sent(direction)]
@@ -332,7 +333,7 @@ def test_an_incomplete_replay_is_noticed(tmp_path: Path) -> None:
 def test_a_job_and_its_communicators(build: Any, make_config: Any, tmp_path: Path) -> None:
     job = build()
     assert boundary_of(job) == Boundary(Pipeline(1, 0, 2, 1, 1), 16 * 2 * 16 * 2)
-    recorder = boundary_recorder(job, None, HostCopier())
+    recorder = boundary_recorder(job, None, HostCopier(), EventLog(None, 0))
     assert isinstance(log_boundary(job, recorder), LoggedP2P)
     first = job.communicator
     log_boundary(job, recorder)
