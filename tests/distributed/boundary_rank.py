@@ -121,6 +121,17 @@ class Lab:
         dist.barrier()
         return gradients
 
+    def frozen(self) -> None:
+        """A replay in which experts get no weight gradients; what is sent must be equal all the same."""
+        experts = [p for c in self.job.chunks for name, p in c.named_parameters() if "experts" in name]
+        for parameter in experts:
+            parameter.requires_grad_(False)
+        found = self.replay(FIRST)
+        for parameter in experts:
+            parameter.requires_grad_(True)
+        others = {name: value for name, value in self.gradients[FIRST].items() if "experts" not in name}
+        self.compare("with frozen experts", others, {name: found[name] for name in others})
+
     def refusal(self, name: str, change: Callable[[list[Bundle]], list[Bundle]]) -> None:
         """A replay with a changed transcript, which must be noticed."""
         try:
@@ -187,6 +198,7 @@ def main() -> int:
     sent = {i: [r.digest for d in Direction for r in lab.log.records(i, d)] for i in range(FIRST, LAST)}
     for iteration in range(FIRST, LAST):
         lab.compare(f"replay of {iteration}", lab.gradients[iteration], lab.replay(iteration))
+    lab.frozen()
     lab.recorder.settle()
     again = {i: [r.digest for d in Direction for r in lab.log.records(i, d)] for i in range(FIRST, LAST)}
     lab.compare("sends", {str(i): str(v) for i, v in sent.items()}, {str(i): str(v) for i, v in again.items()})

@@ -72,9 +72,12 @@ class Nobody(P2PCommunicator):  # type: ignore[misc]
         super().__init__(group, config)
         self.counts = dict.fromkeys(Direction, 0)
         self.sends = 0
+        self.lost_at = -1
 
     def _communicate(self, *, tensor_send_next: Any, tensor_send_prev: Any, recv_prev: bool, recv_next: bool,
                      tensor_shape: Any, wait_on_reqs: bool = True) -> Any:  # fmt: skip
+        if self.counts[BACKWARD] == self.lost_at:
+            raise ConnectionError("the peer is gone")
         requests, found = {}, []
         for name, tensor in (("send_next", tensor_send_next), ("send_prev", tensor_send_prev)):
             if tensor is not None:
@@ -317,6 +320,22 @@ def test_a_wrong_transcript_is_noticed(tmp_path: Path, what: str, text: str) -> 
         stage.run(replay, 5)
     replay.recorder.close()
     assert log.iterations == frozenset()
+
+
+def test_an_interrupted_iteration_can_be_run_again(tmp_path: Path) -> None:
+    stage = Stage(Pipeline(3, 1, 6, 1, 3))
+    recorder, log = stage.recorder(tmp_path / "t")
+    communicator, stage.inner.lost_at = LoggedP2P(stage.inner, recorder), 2
+    for _ in range(9):
+        stage.inner.counts = dict.fromkeys(Direction, 0)
+        with pytest.raises(ConnectionError):
+            stage.run(communicator, 5)
+    assert recorder.iteration is None and not log.iterations
+    stage.inner.counts, stage.inner.lost_at = dict.fromkeys(Direction, 0), -1
+    stage.run(communicator, 5)
+    recorder.close()
+    assert log.iterations == {5} and len(log.records(5, FORWARD)) == 6
+    check_arrivals(stage)
 
 
 def test_an_incomplete_replay_is_noticed(tmp_path: Path) -> None:
