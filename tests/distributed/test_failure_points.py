@@ -314,6 +314,6 @@ def test_the_plan_is_printed_and_nothing_else_happens(lab: Lab, tmp_path: Path, 
     flags = sparse_flags(shared_memory, "job", "auto", "fixed", "--sparse-ckpt-dry-run")
     outcome = lab.job(SCENARIO, tmp_path, flags).run()
     assert outcome.ok, outcome.output
-    for word in ("operators", "window", "slot data", "host memory", "a recovery", "measured"):
+    for word in ("operators", "window", "slot data", "host memory", "a recovery", "measured", "transcript"):
         assert word in outcome.output
     assert not any(shared_memory.iterdir())
