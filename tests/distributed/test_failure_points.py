@@ -275,6 +275,14 @@ def test_an_unusable_directory_is_refused(lab: Lab, tmp_path: Path) -> None:
     assert "Traceback" not in outcome.output
 
 
+@pytest.mark.parametrize("flag", ["--save", "--tensorboard-dir"])
+def test_an_output_that_cannot_be_written_is_refused(lab: Lab, tmp_path: Path, shared_memory: Path, flag: str) -> None:
+    (tmp_path / "file").write_text("")
+    outcome = sparse_job(lab, tmp_path / "out", shared_memory, flag, str(tmp_path / "file" / "below")).run()
+    assert outcome.statuses == [2] and f"{flag} {tmp_path}/file/below" in outcome.output, outcome.output
+    assert "Traceback" not in outcome.output
+
+
 def test_total_loss_falls_back_to_the_dense_checkpoint(lab: Lab, tmp_path: Path, shared_memory: Path) -> None:
     save = tmp_path / "dense"
     job = sparse_job(lab, tmp_path, shared_memory, "--save", str(save), "--save-interval", "4")

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron.moevement.argument_checks import check_outputs
 from megatron.moevement.config import SparseCheckpointConfig
 from megatron.moevement.errors import ConfigError, StoreError
 from megatron.moevement.events import EventLog
@@ -33,6 +34,9 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
         ConfigError, StoreError: something that the user can mend; the message says what.
         SystemExit: status 1 after one line, if another rank is gone; the launcher restarts the job.
     """
+    if restart_count() == 0:
+        # After a restart a save that fails is reported, and never ends training.
+        check_outputs(config)
     topology = distributed.start(config)
     try:
         job = build_job(config, topology)
