@@ -109,6 +109,8 @@ def _train(job: TrainingJob) -> list[train_loop.IterationOutcome]:
     found = _newest_dense(job, also_save=False)
     if found is not None:
         _load(job, *found)
+    else:
+        _name_unused_checkpoint(job)
     events = EventLog(None, job.topology.rank)
     if job.topology.rank == 0:
         events.listen(ProgressDisplay(ProgressSettings(job.config.train_iters, 1, 1, "plain")))
@@ -145,6 +147,8 @@ def _train_with_manager(
     saver = DenseSaver(job, intervals, events, train_loop.NoHooks())
     if start.source == "dense" and found is not None:
         _load(job, *found)
+    if start.source == "scratch":
+        _name_unused_checkpoint(job)
     if start.source == "slots" and sparse.dense_after_recovery:
         saver.save()
     history = train_loop.train(job, SparseHooks(job, manager, saver))
@@ -172,6 +176,17 @@ def _newest_dense(job: TrainingJob, also_save: bool) -> tuple[str, int] | None:
         return None
     step, directory = max(candidates)
     return directory, step
+
+
+def _name_unused_checkpoint(job: TrainingJob) -> None:
+    """Says that `--save` holds a checkpoint while training starts from scratch. Collective."""
+    save = job.config.save
+    step = None if save is None else find_dense(save).step
+    if step is not None and job.topology.rank == 0:
+        text = (
+            f"warning: --save {save} holds a checkpoint of step {step}, which is not used: add --load {save} to go on"
+        )
+        print(text, file=sys.stderr, flush=True)
 
 
 def _load(job: TrainingJob, directory: str, step: int) -> None:
