@@ -41,7 +41,12 @@ class Failure:
 
 @dataclass(frozen=True)
 class Case:
-    """A job of `stages` x `width` ranks; `jitter` lists the ranks whose messages and commits take random times."""
+    """A job of `stages` x `width` ranks.
+
+    `jitter` lists the ranks whose messages and commits take random times. The copies of `failed_slots` (rank, step)
+    fail; `damaged` ones are found so when they are verified for an offer. At each of the `probes`, numbers of events,
+    every single stage is asked whether it could recover alone.
+    """
 
     seed: int
     stages: int
@@ -57,6 +62,7 @@ class Case:
     jitter: tuple[int, ...]
     failures: tuple[Failure, ...]
     failed_slots: tuple[tuple[int, int], ...] = ()
+    damaged: tuple[tuple[int, int], ...] = ()
     probes: tuple[int, ...] = ()
 
     @property
@@ -68,6 +74,11 @@ class Case:
     def chunks(self) -> int:
         """Model chunks of a rank."""
         return 2 if self.wraps else 1
+
+    @property
+    def loses_slots(self) -> bool:
+        """Whether slots get lost without a rank."""
+        return bool(self.failed_slots or self.damaged)
 
     @property
     def longest_run(self) -> int:
@@ -119,7 +130,8 @@ class Case:
         values["failures"] = tuple(Failure(**failure) for failure in values["failures"])
         for name in ("jitter", "probes"):
             values[name] = tuple(values[name])
-        values["failed_slots"] = tuple((rank, step) for rank, step in values["failed_slots"])
+        for name in ("failed_slots", "damaged"):
+            values[name] = tuple((rank, step) for rank, step in values[name])
         return cls(**values)
 
 
@@ -154,7 +166,8 @@ def generate(seed: int) -> Case:
             # The replacement dies in its turn.
             rank = failures[0].rank
         failures.append(Failure(rank, generation, phase, point, lost))
-    slots = [(draw.randrange(world), draw.randrange(iterations)) for _ in range(2)] if draw.random() < 0.1 else []
+    slots = [(draw.randrange(world), draw.randrange(iterations)) for _ in range(3)] if draw.random() < 0.15 else []
+    split = draw.choice((0, 0, 3))
     return Case(
         seed=seed,
         stages=stages,
@@ -169,7 +182,8 @@ def generate(seed: int) -> Case:
         dense_every=draw.choice((0, 0, 3, 5)),
         jitter=tuple(range(world)) if draw.random() < 0.9 else (),
         failures=tuple(failures),
-        failed_slots=tuple(slots),
+        failed_slots=tuple(slots[split:]),
+        damaged=tuple(slots[:split]),
         probes=tuple(sorted(draw.randrange(50, 2500) for _ in range(12))),
     )
 

@@ -71,7 +71,7 @@ def shrink(case: Case, kind: str, rules: Rules | None = None) -> Case:
 
 
 def _simpler(case: Case) -> Iterator[Case]:
-    for name in ("failures", "failed_slots", "probes", "jitter"):
+    for name in ("failures", "failed_slots", "damaged", "probes", "jitter"):
         values = getattr(case, name)
         if values:
             yield _with(case, name, ())
@@ -113,6 +113,7 @@ def _fit(case: Case) -> Case:
         failures=tuple(failure for failure in case.failures if failure.rank < case.world),
         jitter=tuple(rank for rank in case.jitter if rank < case.world),
         failed_slots=tuple((rank, step) for rank, step in case.failed_slots if rank < case.world),
+        damaged=tuple((rank, step) for rank, step in case.damaged if rank < case.world),
         tied=case.tied and case.stages > 1,
         wraps=case.wraps and case.stages > 1,
     )

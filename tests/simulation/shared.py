@@ -70,7 +70,7 @@ class Shared:
     def window_given_up(self, worker: "RankProgram", step: int) -> None:
         """The ring was too small."""
         self.window_everywhere = False
-        if not self.case.failed_slots:
+        if not self.case.loses_slots:
             raise Violation("retention", f"rank {worker.rank} gives up a window at step {step}: its ring is full")
 
     # -------------------------------------------------------------------------------------------------- dense
@@ -115,7 +115,7 @@ class Shared:
             self.sources.append(decision.source)
             self.rolled_forward += len(decision.roll_forward)
             self._bounded(decision)
-            whole = self.window_everywhere and not self.memory_lost
+            whole = self.window_everywhere and not self.memory_lost and not self.case.damaged
             if whole and common_run([(o.slots, o.operators) for o in offers]) is None:
                 raise Violation("retention", "all ranks held a window, and no node was lost; now there is none")
             if decision.source in ("dense", "scratch"):
@@ -134,13 +134,13 @@ class Shared:
         for plan in decision.segments:
             replayed = decision.target - plan.run.first
             self.longest_replay = max(self.longest_replay, replayed)
-            if replayed > self.case.replay_bound and not self.case.failed_slots:
+            if replayed > self.case.replay_bound and not self.case.loses_slots:
                 raise Violation("bound", f"stages {plan.stages} replay {replayed}, W is {self.case.window}")
 
     def probe(self, workers: dict[int, Any]) -> None:
         """If any one stage died now, it could recover alone; asked only when all ranks train and hold a window."""
         programs: list[RankProgram] = [workers[rank] for rank in range(self.case.world)]
-        if any(p.standing.phase is not Phase.TRAIN or not p.process.alive for p in programs) or self.case.failed_slots:
+        if any(p.standing.phase is not Phase.TRAIN or not p.process.alive for p in programs) or self.case.loses_slots:
             return
         if common_run([(p.memory.committed(), p.names) for p in programs]) is None:
             if self.window_everywhere and not self.memory_lost:

@@ -189,6 +189,9 @@ class RankProgram:
     def offer(self) -> Offer:
         """What this rank has."""
         memory = self.memory
+        for rank, step in self.case.damaged:
+            if rank == self.rank:
+                memory.slots.pop(step, None)
         slots = memory.committed()
         if self.rules.offers_uncommitted and memory.pending is not None:
             slots[memory.pending.info.step] = memory.pending.info

@@ -103,13 +103,13 @@ def announcement(steps: frozenset[int]) -> tuple[int, int]:
 
 
 def known_everywhere(minimum: tuple[int, int], longest_run: int) -> int:
-    """The step at which all ranks can end a window, from the minimum of their announcements; -1 if there is none.
+    """The step at which all ranks can end a window, from the minimum of their announcements; negative if none.
 
     The newest step of the slowest rank alone would not do: a rank that has lost a slot to a failed copy can end no
     window near the gap, and the slowest may stand just there.
     """
     last, first = minimum[0], -minimum[1]
-    return last if last >= 0 and last - longest_run + 1 >= first else -1
+    return last if last < 0 or last - longest_run + 1 >= first else -1
 
 
 def iterations_to_keep(iterations: frozenset[int], loadable_everywhere: int, longest_run: int) -> frozenset[int]:
