@@ -249,6 +249,7 @@ class LocalizedTraining:
         self._link.beat("rolls back with all", resting=True)
         begin()
         job.reset_temporary_state()
+        self._transcription.forget()
         job.history[:] = [outcome for outcome in job.history if outcome.iteration < job.step]
         self._clean = True
 
