@@ -104,6 +104,7 @@ class SparseCheckpointManager:
         self._records: dict[int, IterationRecord] = {}
         self._found, self._alone = Found(None, "no slots"), False
         self._loadable = self._loadable_everywhere = -1
+        self._told = -1
         self._started = False
         self._iteration_starts: list[float] = []
         self._order = Reordering(config, state.table)
@@ -168,7 +169,7 @@ class SparseCheckpointManager:
     def _convert(self, store: HostStore, run: Run, agreement: Agreement) -> Conversion:
         """Makes the state of Step `run.last` from slots, and goes on with their schedule. Collective over the group."""
         reader = SlotReader(store, self._state.table, self._agreement.rank, self._digests)
-        self._events.emit("recovery_started", first=run.first, last=run.last, replays=run.replays)
+        self._events.emit("recovery_started", first=run.first, last=run.last, replays=run.replays, source=reader.source)
         if store is not self._store:
             self._memory.pin(store)
         self._memory.wait_until_pinned()
@@ -255,6 +256,7 @@ class SparseCheckpointManager:
                 self._report_conversion(Progress(iteration, 0, 0, True, time.perf_counter() - started))
         finally:
             self._alone = False
+        self._told = target - 1
 
     def resume(self, loadable_everywhere: int, record: IterationRecord | None) -> None:
         """All ranks stand at one Step again: goes on as if nothing had happened.
@@ -265,6 +267,9 @@ class SparseCheckpointManager:
         """
         if record is not None:
             self._note(record)
+            if record.iteration > self._told:
+                # Its update was finished, or was not told of yet, when the failure ended the iteration.
+                self._tell(record, interrupted=True)
         self._loadable_everywhere = loadable_everywhere
         self._iteration_starts.clear()
 
@@ -326,7 +331,11 @@ class SparseCheckpointManager:
                 self._loadable = -1 if self._memory.pinned else NOT_PINNED
                 self._events.emit("pinning", slots=self._memory.pinned_slots, of=self._store.geometry.slots)
             self._agreement.start_minimum(self._loadable)
-        self._events.emit("iteration", **self.status(record))
+        self._tell(record)
+
+    def _tell(self, record: IterationRecord, interrupted: bool = False) -> None:
+        self._told = record.iteration
+        self._events.emit("iteration", replayed=self._alone, interrupted=interrupted, **self.status(record))
 
     def _note(self, record: IterationRecord) -> None:
         """The next slot holds the record; a few more are kept for others who replay."""
