@@ -96,8 +96,9 @@ void bind_submits(EngineClass& engine) {
 sources, destinations (addresses) and sizes (bytes): 1-D contiguous uint64 buffers of one length, all in one direction
 between host and device. stream: handle of the CUDA stream whose work so far the copies wait for; 0 is the device's
 default stream. label is named in errors. priority: 0 to 7; a ticket of higher priority is taken first, between two
-chunks of others; tickets of one priority take turns in the order of their numbers. spread_seconds (0 to 1e8): copy
-evenly over about so long, 0 as fast as the link goes. groups: (name, number of pieces) pairs that cover the pieces in
+chunks of others; tickets of one priority take turns in the order of their numbers. spread_seconds (0 to 1e8): be
+done about so long after this call, at an even pace that rises when the ticket was held up; 0 is as fast as the link
+goes. groups: (name, number of pieces) pairs that cover the pieces in
 order; an error names the groups that it met.
 The memory must stay alive, and the sources unchanged, until the ticket is finished.
 Raises ValueError for bad buffers, options out of range, groups that do not cover the pieces, a null address, or a piece

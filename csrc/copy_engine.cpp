@@ -99,9 +99,6 @@ std::uint64_t CopyEngine::submit(std::vector<CopyPiece> batch, std::uint64_t str
   ticket->cursor = ChunkCursor(merged(batch));
   ticket->label = std::move(label);
   ticket->priority = options.priority;
-  if (options.spread_seconds > 0) {
-    ticket->spread_rate = static_cast<double>(ticket->total_bytes) / options.spread_seconds;
-  }
   const Lock lock(mutex_);
   require_accepting();
   if (unfinished_ >= limits_.max_queued_tickets) {
@@ -111,6 +108,7 @@ std::uint64_t CopyEngine::submit(std::vector<CopyPiece> batch, std::uint64_t str
   // Under the lock, so that tickets stand in the queue in the order of their fences.
   ticket->fence = device_->fence(stream);
   ticket->submitted = Clock::now();
+  if (options.spread_seconds > 0) ticket->spread_until = ticket->submitted + duration_of(options.spread_seconds);
   ticket->id = last_ticket_ + 1;
   tickets_.emplace(ticket->id, ticket);
   pending_.emplace(key(*ticket), ticket);

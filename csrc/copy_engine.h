@@ -119,7 +119,7 @@ class CopyEngine {
     ChunkCursor cursor;
     std::vector<std::pair<std::string, std::uint64_t>> groups;  // name, and the batch's bytes up to the group's end
     std::optional<Direction> direction;
-    double spread_rate = 0;         // bytes per second, 0: not spread out
+    std::optional<Clock::time_point> spread_until;  // its last chunk is due then
     Clock::time_point next_at{};    // when the spreading allows the next chunk
   };
   using TicketRef = std::shared_ptr<Ticket>;
@@ -157,7 +157,7 @@ class CopyEngine {
   bool serve(const TicketRef& ticket);
   bool has_room(const Ticket& ticket);
   std::optional<ChunkRules> begin_chunk(Ticket& ticket);
-  void pay(Ticket& ticket, const Chunk& chunk, const ChunkRules& rules);
+  void pay(Ticket& ticket, const Chunk& chunk);
   bool finish_oldest();
   bool fail(const TicketRef& ticket, const std::string& error, bool doubt_others);
   void sleep(std::uint64_t seen, Clock::time_point wake);

@@ -31,7 +31,7 @@ constexpr int kMaxPriority = 7;
 
 struct SubmitOptions {
   int priority = 0;             // 0 to kMaxPriority, higher first
-  double spread_seconds = 0;    // 0: as fast as the link goes
+  double spread_seconds = 0;    // from submit on, evenly; 0: as fast as the link goes
   std::vector<PieceGroup> groups = {};  // empty, or covers all pieces in order
 };
 

@@ -16,8 +16,6 @@ namespace {
 constexpr auto kFencePollEvery = std::chrono::microseconds(50);
 // Descriptors hold 32-bit offsets.
 constexpr std::uint64_t kMaxStagingShare = std::uint64_t{1} << 31;
-// Keeps the clock's arithmetic in range for a small ticket that is spread over days.
-constexpr double kLongestBurstSeconds = 1e6;
 constexpr std::size_t kMaxNamedGroups = 4;
 
 // The names of the groups that have bytes between `begin` and `end`, as the start of an error.
@@ -192,7 +190,7 @@ bool CopyEngine::serve(const TicketRef& ticket) {
   try {
     if (!ticket->direction) ticket->direction = device_->direction(ticket->cursor.front());
     chunk = ticket->cursor.next({rules->chunk_bytes, rules->staging_bytes, *ticket->direction});
-    pay(*ticket, chunk, *rules);
+    pay(*ticket, chunk);
     device_->copy_chunk(chunk, next_slot_);
   } catch (const std::exception& problem) {
     return fail(ticket, copying(ticket->groups, chunk.offset, chunk.offset + chunk.bytes) + problem.what(), false);
@@ -231,14 +229,13 @@ std::optional<ChunkRules> CopyEngine::begin_chunk(Ticket& ticket) {
 }
 
 // Sets when the next chunk of the ticket, and of any ticket, may start.
-void CopyEngine::pay(Ticket& ticket, const Chunk& chunk, const ChunkRules& rules) {
+void CopyEngine::pay(Ticket& ticket, const Chunk& chunk) {
   const auto now = Clock::now();
   const auto bytes = static_cast<double>(chunk.bytes);
-  if (ticket.spread_rate > 0) {
-    // Time in which it could not be served is lost but for one chunk, or it would make up for it at full speed.
-    const double one_chunk = static_cast<double>(rules.chunk_bytes) / ticket.spread_rate;
-    const auto earliest = now - duration_of(std::min(one_chunk, kLongestBurstSeconds));
-    ticket.next_at = std::max(ticket.next_at, earliest) + duration_of(bytes / ticket.spread_rate);
+  if (ticket.spread_until && *ticket.spread_until > now) {
+    // An even share of what is left, so that a ticket that could not be served for a while goes faster from then on.
+    const double left = static_cast<double>(ticket.total_bytes - chunk.offset);
+    ticket.next_at = now + duration_of(std::chrono::duration<double>(*ticket.spread_until - now).count() * bytes / left);
   }
   if (limits_.bytes_per_second_limit > 0) {
     // Idle time earns no burst: the limit protects others on the link now, whatever happened before.

@@ -111,8 +111,9 @@ void spreading_takes_its_time_and_hurry_ends_it() {
   Batch slow(20), waited(1000), empty(0);
   const auto spread_out = slow.submit(engine, spread(0.2));
   CHECK(engine.wait(spread_out, 60));
-  // 20 chunks, 10 ms apart.
-  CHECK(engine.stats(spread_out).copy_seconds >= 0.17 && slow.to == slow.from);
+  // 20 chunks, 10 ms apart; the last one is not waited behind.
+  const CopyStats stats = engine.stats(spread_out);
+  CHECK(stats.queue_seconds + stats.copy_seconds >= 0.18 && slow.to == slow.from);
   const auto ticket = waited.submit(engine, spread(1000));
   const auto behind = empty.submit(engine, spread(5));
   CHECK(!engine.wait(ticket, 0.02));
@@ -135,7 +136,7 @@ void a_spread_ticket_lets_others_use_the_gaps() {
   CHECK(!engine.done(spread_out) && engine.cancel(spread_out));
 }
 
-void a_spread_ticket_that_was_held_up_does_not_burst() {
+void a_spread_ticket_that_was_held_up_makes_up_for_it() {
   Script script;
   script.chunk_gate_open = false;
   CopyEngine engine(fake(script), small_chunks(4));
@@ -143,9 +144,12 @@ void a_spread_ticket_that_was_held_up_does_not_burst() {
   const auto ticket = slow.submit(engine, spread(0.4));
   std::this_thread::sleep_for(std::chrono::milliseconds(200));
   script.chunk_gate_open = true;
-  CHECK(engine.wait(ticket, 10));
-  // The gate let it have two chunks in 0.2 s; the rest keeps to 10 ms a chunk.
-  CHECK(engine.stats(ticket).copy_seconds >= 0.5);
+  CHECK(engine.wait(ticket, 10) && slow.to == slow.from);
+  const CopyStats stats = engine.stats(ticket);
+  const double seconds = stats.queue_seconds + stats.copy_seconds;
+  // At the pace of its start it would have gone on until 0.58 s.
+  CHECK(seconds >= 0.36);
+  if (seconds >= 0.55) std::printf("     this machine is too busy to keep a pace\n");
 }
 
 void a_hurried_ticket_has_more_chunks_in_flight() {
@@ -303,7 +307,7 @@ int test_schedule() {
   return RUN(a_higher_priority_takes_over_between_chunks) + RUN(a_fence_blocks_its_own_priority_only) +
          RUN(a_partly_done_ticket_is_cancelled_while_others_are_in_flight) +
          RUN(spreading_takes_its_time_and_hurry_ends_it) + RUN(a_spread_ticket_lets_others_use_the_gaps) +
-         RUN(a_spread_ticket_that_was_held_up_does_not_burst) + RUN(a_hurried_ticket_has_more_chunks_in_flight) +
+         RUN(a_spread_ticket_that_was_held_up_makes_up_for_it) + RUN(a_hurried_ticket_has_more_chunks_in_flight) +
          RUN(a_pause_holds_back_plain_tickets_for_a_moment) + RUN(set_chunks_is_checked) +
          RUN(errors_name_the_groups_of_the_chunk) + RUN(a_failed_copy_leaves_others_in_flight_right) +
          RUN(random_schedules_lose_nothing);

@@ -4,16 +4,14 @@ import itertools
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron.moevement.config import SparseCheckpointConfig
-from megatron.moevement.errors import MoevementError
 from megatron.moevement.events import EventLog
 from megatron.moevement.operators.state import TrainingState
 from megatron.moevement.planning import Measured, SparsePlan, make_plan
 from megatron.moevement.recovery.conversion import Conversion, Progress, StartPoint, convert, require_same_loss
-from megatron.moevement.recovery.plan import newest_run, slots_to_keep
 from megatron.moevement.recovery.sources import SlotReader
 from megatron.moevement.recovery.start import (
     Choice,
@@ -25,14 +23,12 @@ from megatron.moevement.recovery.start import (
     restart_count,
     store_path,
 )
-from megatron.moevement.schedule.age import SnapshotAge
 from megatron.moevement.schedule.agreement import Agreement
-from megatron.moevement.schedule.reordering import Reordering
 from megatron.moevement.schedule.slots import SlotSchedule, schedule_of
+from megatron.moevement.slot_cycle import SlotCycle, Tools, schedule_fields
 from megatron.moevement.slot_memory import SlotMemory, together
 from megatron.moevement.snapshot.bandwidth import measure_bandwidth
-from megatron.moevement.snapshot.capture import Capture
-from megatron.moevement.store.committer import Committed, Committer
+from megatron.moevement.snapshot.copy_time import CopyTime
 from megatron.moevement.store.host_store import HostStore, discard
 from megatron.moevement.types import IterationRecord, Presence, Run
 from moevement_ext import CopyEngine, DigestPool
@@ -63,6 +59,14 @@ class Retention:
 # What a rank says it can load while its slots' memory isn't pinned yet; slots are captured once all ranks' memory is.
 NOT_PINNED = -2
 
+
+# What `SlotCycle.status` says where no slots are taken.
+NO_SLOTS: Mapping[str, Any] = {
+    **dict.fromkeys(("slot_bytes", "oldest_age_steps", "oldest_age_bound_steps", "window", "window_index"), 0),
+    **dict.fromkeys(("memory_used_bytes", "failed_slots"), 0),
+    **dict.fromkeys(("stall_seconds", "fence_started_time"), 0.0),
+    "oldest_operator": "",
+}
 
 # Iterations whose record is kept although no window can need it: what is copied, digested, and not heard of yet.
 RECORDS_BEYOND_RUN = 4
@@ -95,30 +99,25 @@ class SparseCheckpointManager:
         self._threads = config.threads(surroundings.ranks_on_node)
         self._digests = DigestPool(self._threads) if config.digest else None
         self._memory = SlotMemory(config, agreement, engine, self._path, surroundings.ranks_on_node)
+        self._tools = Tools(config, state, agreement, engine, self._digests, events)
+        self._copy_time = CopyTime(engine)
         self._store: HostStore | None = None
-        self._capture: Capture | None = None
-        self._committer: Committer | None = None
-        self._schedule: SlotSchedule | None = None
-        self._age: SnapshotAge | None = None
+        self._cycle: SlotCycle | None = None
         self._record: IterationRecord | None = None
         self._records: dict[int, IterationRecord] = {}
         self._found, self._alone = Found(None, "no slots"), False
-        self._loadable = self._loadable_everywhere = -1
-        self._told = -1
+        self._loadable_everywhere = self._told = -1
         self._started = False
         self._iteration_starts: list[float] = []
-        self._order = Reordering(config, state.table)
         self._first_step = 0
-        self._slot_bytes, self._stall_seconds, self._fence_started_time = 0, 0.0, 0.0
         self.plan: SparsePlan | None = None
-        self.failed_slots = 0
 
     @property
     def retention(self) -> Retention | None:
         """What decides how long slots and transcripts are kept; None while no slots are taken."""
-        if self._store is None or self._capture is None or self.plan is None:
+        if self._cycle is None or self.plan is None:
             return None
-        return Retention(self._store.content["run_id"], self._loadable_everywhere, self.plan.longest_run)
+        return Retention(self._cycle.store.content["run_id"], self._loadable_everywhere, self.plan.longest_run)
 
     def record(self, iteration: int) -> IterationRecord | None:
         """The record of a recent iteration."""
@@ -127,7 +126,7 @@ class SparseCheckpointManager:
     @property
     def capturing(self) -> bool:
         """Whether iterations take slots: the window is chosen and its memory is pinned on all ranks."""
-        return self._capture is not None
+        return self._cycle is not None
 
     # ------------------------------------------------------------------------------------------------ recovery
 
@@ -139,13 +138,14 @@ class SparseCheckpointManager:
                 source is `dense`.
 
         Raises:
-            StoreError: the slots are of another model, layout or format, or there is no room for new ones.
+            StoreError: the slots are in use or of another model, layout or format, or there is no room for new ones.
             RecoveryError: the replay wasn't exact.
         """
+        self._set_down()
+        self._memory.lock()
         if self._config.fresh and restart_count() == 0 and not self._started:
             together(self._agreement, lambda: discard(self._path))
         self._started = True
-        self._set_down()
         path = None if self._config.dry_run else self._path
         wanted = {**self._identity}
         if self._config.window is not None:
@@ -181,13 +181,8 @@ class SparseCheckpointManager:
         self.plan = make_plan(self._config, self._state, agreement, None, schedule.window)
         # Slots of later steps belong to iterations that will run again; each is replaced by its own capture.
         store.keep_only(frozenset(step for step in store.committed if step <= run.last))
-        self._use(store, schedule, run.last)
-        for step, spec in specs.items():
-            if self._age is not None and step < run.last:
-                self._age.note(step, spec.full)
+        self._use(store, schedule, run.last).continue_from(specs, run.last)
         self._record = reader.manifest(run.last).record
-        self._order.restart(run.last)
-        self._loadable = run.last
         self._events.emit(
             "recovery_finished",
             step=run.last,
@@ -195,20 +190,18 @@ class SparseCheckpointManager:
             compared=conversion.compared,
             different=conversion.different,
             seconds=conversion.seconds,
-            **_schedule_fields(schedule),
+            **schedule_fields(schedule),
         )
         return conversion
 
     def _set_down(self) -> None:
         """Lets go of slots and schedule; the slots stay where they are."""
-        if self._capture is not None:
-            self._capture.cancel()
-        if self._committer is not None:
-            self._committer.close()
+        if self._cycle is not None:
+            self._cycle.close()
         if self._store is not None:
             self._memory.give_back(self._store, keep=True)
-        self._store = self._capture = self._committer = self._schedule = self._age = self._record = None
-        self._loadable = self._loadable_everywhere = -1
+        self._store = self._cycle = self._record = None
+        self._loadable_everywhere = -1
 
     def interrupt(self, verify: bool) -> SlotOffer:
         """After a failure elsewhere: drops what is under way, and says what slots this rank could load.
@@ -217,11 +210,10 @@ class SparseCheckpointManager:
             verify: whether the slots' digests are checked; needed only where they may be loaded.
         """
         self._agreement.forget()
-        if self._capture is not None:
-            self._capture.cancel()
-        if self._committer is not None:
-            self._committer.drain()
-        if self._store is None:
+        if self._cycle is not None:
+            self._cycle.interrupt()
+        if self._store is None and self._found.store is None:
+            self._memory.lock_alone()
             self._found = open_quietly(self._path)
         store = self._store or self._found.store
         records = dict(self._records)
@@ -240,8 +232,8 @@ class SparseCheckpointManager:
         """
         store = self._store or self._found.store
         assert run is not None and store is not None
-        if self._committer is not None:
-            self._committer.close()
+        if self._cycle is not None:
+            self._cycle.close()
         self._records.update(records)
         self._convert(store, run, group)
         self._alone = True
@@ -274,51 +266,31 @@ class SparseCheckpointManager:
         self._iteration_starts.clear()
 
     def _report_conversion(self, progress: Progress) -> None:
-        self._events.emit(
-            "conversion",
-            step=progress.step,
-            loaded_full=progress.loaded_full,
-            frozen=progress.frozen,
-            replayed=progress.replayed,
-            seconds=progress.seconds,
-        )
+        self._events.emit("conversion", **asdict(progress))
 
     # ----------------------------------------------------------------------------------------------- iteration
 
     def begin_iteration(self, step: int) -> None:
         """Starts copying the slot of `step`. A capture that fails is counted and reported, training goes on."""
         self._iteration_starts.append(time.perf_counter())
+        del self._iteration_starts[: -1 if self._store is not None else 0]
         if self._store is None:
             self._measure(step)
-        elif self._capture is None and self._loadable_everywhere > NOT_PINNED:
+        if self._store is None:
+            self._copy_time.begin(self._state.stream())
+        elif self._cycle is None and self._loadable_everywhere > NOT_PINNED:
             self._begin_captures(step)
-        if self._schedule is None or self._capture is None:
+        if self._cycle is None:
             return
         if not self._alone:
-            self._maybe_reorder(step)
-        self._retain()
-        spec = self._schedule.spec(step)
-        try:
-            self._slot_bytes = self._capture.begin(spec, self._record)
-        except MoevementError as error:
-            self._slot_failed(step, str(error))
-            return
-        assert self._age is not None
-        self._age.capture(step, spec.full)
+            self._cycle.maybe_reorder(step)
+        self._cycle.begin(step, self._record, self._loadable_everywhere)
 
     def before_optimizer_step(self) -> None:
         """The fence: returns when every copy of the slot has been read from the device."""
-        if self._capture is None or self._committer is None:
-            return
-        started, self._fence_started_time = time.perf_counter(), time.time()
-        try:
-            copied, _ = self._capture.fence()
-        except MoevementError as error:
-            self._slot_failed(-1, str(error))
-            return
-        if copied is not None:
-            self._committer.submit(copied)
-        self._stall_seconds = time.perf_counter() - started
+        self._copy_time.fence()
+        if self._cycle is not None:
+            self._cycle.fence()
 
     def end_iteration(self, record: IterationRecord) -> None:
         """Notes the record of the iteration for the next slot, and tells the other ranks what this one can load."""
@@ -327,8 +299,7 @@ class SparseCheckpointManager:
             known = self._agreement.finish_minimum()
             if known is not None:
                 self._loadable_everywhere = max(self._loadable_everywhere, known)
-            if self._capture is None:
-                self._loadable = -1 if self._memory.pinned else NOT_PINNED
+            if self._cycle is None:
                 self._events.emit("pinning", slots=self._memory.pinned_slots, of=self._store.geometry.slots)
             self._agreement.start_minimum(self._loadable)
         self._tell(record)
@@ -346,10 +317,7 @@ class SparseCheckpointManager:
 
     def status(self, record: IterationRecord) -> dict[str, Any]:
         """The figures of an iteration for displays: bytes, seconds and steps as their names say."""
-        step = record.iteration + 1
-        oldest, age = self._age.oldest(step) if self._age is not None else ("", 0)
-        committed = len(self._store.committed) if self._store is not None else 0
-        window = self._schedule.window if self._schedule is not None else 0
+        plan, slots = self.plan, NO_SLOTS if self._cycle is None else self._cycle.status(record.iteration)
         return {
             "iteration": record.iteration,
             "loss": record.loss,
@@ -357,34 +325,29 @@ class SparseCheckpointManager:
             "skipped": record.skipped,
             "learning_rate": record.learning_rates[0] if record.learning_rates else 0.0,
             "seconds": time.perf_counter() - self._iteration_starts[-1] if self._iteration_starts else 0.0,
-            "slot_bytes": self._slot_bytes,
-            "stall_seconds": self._stall_seconds,
-            "fence_started_time": self._fence_started_time,
-            "oldest_age_steps": age,
-            "oldest_age_bound_steps": self._age.bound if self._age is not None else 0,
-            "oldest_operator": oldest,
-            "window": window,
-            "window_index": self._schedule.index(record.iteration) if self._schedule is not None else 0,
+            **slots,
             "loadable_step": self._loadable_everywhere,
-            "memory_used_bytes": committed * self.plan.memory.slot_bytes if self.plan is not None else 0,
-            "memory_limit_bytes": self.plan.memory.total_bytes if self.plan is not None else 0,
-            "failed_slots": self.failed_slots,
+            "memory_limit_bytes": plan.memory.total_bytes if plan is not None else 0,
         }
+
+    @property
+    def _loadable(self) -> int:
+        """What this rank tells the others: the newest step at which it can end a window."""
+        if self._cycle is not None:
+            return self._cycle.loadable
+        return -1 if self._memory.pinned else NOT_PINNED
 
     def finish(self, durable: bool) -> bool:
         """Ends cleanly; removes the slots if the last step is durable elsewhere and they are not to be kept.
 
         Returns whether the slots are kept.
         """
-        if self._capture is not None:
-            self._capture.cancel()
+        if self._cycle is not None:
+            self._cycle.close()
         self._agreement.finish_minimum()
-        if self._committer is not None:
-            self._committer.close()
         self._agreement.barrier()
         kept = self._store is not None and (self._config.keep or not durable)
-        if self._store is not None:
-            self._memory.give_back(self._store, kept)
+        self._memory.give_back(self._store, kept)
         if self._digests is not None:
             self._digests.close()
         self._engine.close()
@@ -404,7 +367,8 @@ class SparseCheckpointManager:
             self._engine, pieces, self._config.job_directory, self._agreement.rank, self._state.stream()
         )
         self._first_step = step
-        self._adopt(Measured(bandwidth, iteration), None)
+        copies = statistics.median(self._copy_time.seconds[1:])
+        self._adopt(Measured(bandwidth, iteration, copies), None)
 
     def _adopt(self, measured: Measured | None, window: int | None) -> None:
         """Makes the plan and takes its memory, on all ranks or on none."""
@@ -415,8 +379,8 @@ class SparseCheckpointManager:
         identity = {**self._identity, "--sparse-ckpt-window": self.plan.schedule.window}
         content = {"identity": identity, "operators": self._state.table.to_json()}
         self._store = self._memory.create(self.plan, content, self._threads)
-        self._events.emit("plan", **_schedule_fields(self.plan.schedule), memory_bytes=self.plan.memory.total_bytes)
-        self._loadable = self._loadable_everywhere = -1 if self._memory.pinned else NOT_PINNED
+        self._events.emit("plan", **schedule_fields(self.plan.schedule), memory_bytes=self.plan.memory.total_bytes)
+        self._loadable_everywhere = self._loadable
         if min(self._agreement.gather(self._loadable)) > NOT_PINNED:
             self._begin_captures(self._first_step)
 
@@ -427,70 +391,10 @@ class SparseCheckpointManager:
         self._events.emit("pinned", step=step, problem=self._memory.problem)
         self._use(self._store, self.plan.schedule, step)
 
-    def _use(self, store: HostStore, schedule: SlotSchedule, step: int) -> None:
+    def _use(self, store: HostStore, schedule: SlotSchedule, step: int) -> SlotCycle:
         assert self.plan is not None
-        self._store, self._schedule = store, schedule
-        self._capture = Capture(self._state, store, self._engine, self._agreement.rank, store.content["run_id"])
-        self._committer = Committer(store, self._digests, self._on_committed)
-        self._age = SnapshotAge(self._state.table.names, max(self.plan.longest_run, schedule.window), step)
-
-    def _on_committed(self, slot: Committed) -> None:
-        """Runs on the committer's thread."""
-        if slot.error:
-            self._slot_failed(slot.slot.lease.step, slot.error)
-            return
-        assert self._store is not None
-        run = newest_run(self._store.committed, self._state.table.names)
-        self._loadable = run.last if run is not None else -1
-        self._events.emit(
-            "slot",
-            step=slot.slot.lease.step,
-            data_bytes=slot.slot.data_bytes,
-            digest_seconds=slot.digest_seconds,
-            copy_started_time=slot.slot.copy_started_time,
-            copy_seconds=slot.slot.copy_seconds,
-        )
-
-    def _slot_failed(self, step: int, why: str) -> None:
-        """A failed save never ends training: counted, reported, and the next iteration tries again."""
-        self.failed_slots += 1
-        if self._age is not None and self._iteration_starts:
-            self._age.restart(max(step, 0))
-        self._events.emit("slot_failed", step=step, reason=why, failed_slots=self.failed_slots)
-
-    def _retain(self) -> None:
-        """Frees slots that no window needs; if that is not enough, waits for the digests, then gives up the oldest."""
-        assert self._store is not None and self.plan is not None and self._committer is not None
-        store = self._store
-        store.keep_only(slots_to_keep(frozenset(store.committed), self._loadable_everywhere, self.plan.longest_run))
-        if store.free_slots:
-            return
-        self._committer.drain()
-        store.keep_only(slots_to_keep(frozenset(store.committed), self._loadable_everywhere, self.plan.longest_run))
-        if not store.free_slots:
-            oldest = min(store.committed)
-            store.keep_only(frozenset(step for step in store.committed if step > oldest))
-            self._events.emit("window_given_up", step=oldest, reason="no free slot")
-
-    def _maybe_reorder(self, step: int) -> None:
-        """At the start of a window: orders experts by popularity again if it has changed enough (paper 3.2)."""
-        schedule = self._schedule
-        assert schedule is not None and self.plan is not None
-        if not self._config.reorder or schedule.index(step) or step == self._first_step:
-            return
-        counts, most = self._state.popularity(), max(self.plan.slot_bytes) + self.plan.spare_bytes
-
-        def report(chosen: SlotSchedule, refused: bool) -> None:
-            self._events.emit("reorder", step=step, refused=refused, **_schedule_fields(chosen))
-
-        self._schedule = self._order.next_schedule(schedule, step, counts, most, self._agreement, report)
-
-
-def _schedule_fields(schedule: SlotSchedule | None) -> dict[str, Any]:
-    """What events say of a schedule."""
-    if schedule is None:
-        return {}
-    return {"window": schedule.window, "window_mode": schedule.mode, "groups": schedule.groups}
+        self._store, self._cycle = store, SlotCycle(self._tools, store, self.plan, schedule, step)
+        return self._cycle
 
 
 def _run_list(choice: Choice) -> list[int] | None:

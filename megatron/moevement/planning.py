@@ -14,10 +14,14 @@ from megatron.moevement.store.memory_plan import MemoryPlan, manifest_room
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What `auto` plans with: device-to-host bytes per second of this rank, and seconds of an iteration."""
+    """What `auto` plans with: device-to-host bytes per second of this rank, and seconds of an iteration.
+
+    `copy_seconds` are those of an iteration in which a slot can be copied: all but the optimizer step.
+    """
 
     bytes_per_second: float
     iteration_seconds: float
+    copy_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,7 @@ def make_plan(
     order = capture_order(table, {})
     if window is None:
         assert measured is not None
-        budget = measured.bytes_per_second * measured.iteration_seconds
+        budget = measured.bytes_per_second * measured.copy_seconds
         own = smallest_window(table, order, config.window_mode, budget, config.max_window).window
         window = int(agreement.maximum([own])[0])
     schedule = SlotSchedule(divide(table, order, window, config.window_mode), config.window_mode)
@@ -97,10 +101,11 @@ def describe(plan: SparsePlan, state: TrainingState, config: SparseCheckpointCon
         "more that were not committed everywhere",
     ]
     if plan.measured is not None:
-        fits = max(plan.slot_bytes) <= plan.measured.bytes_per_second * plan.measured.iteration_seconds
+        fits = max(plan.slot_bytes) <= plan.measured.bytes_per_second * plan.measured.copy_seconds
         lines.append(
             f"measured         {plan.measured.bytes_per_second / GIB:.2f} GiB/s device to host, "
-            f"{plan.measured.iteration_seconds:.3f} s an iteration: the worst slot "
+            f"{plan.measured.iteration_seconds:.3f} s an iteration, {plan.measured.copy_seconds:.3f} s of it before "
+            "the optimizer step: the worst slot "
             + ("fits into one" if fits else "does not fit: expect a stall, see --sparse-ckpt-max-window")
         )
     return lines

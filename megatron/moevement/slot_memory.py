@@ -1,5 +1,6 @@
 """The host memory of this rank's slots: planned, taken on all ranks or on none, pinned, given back."""
 
+import contextlib
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from megatron.moevement.planning import SparsePlan
 from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.snapshot.pinning import Pinning
 from megatron.moevement.store.host_store import HostStore, discard
+from megatron.moevement.store.lock import hold, release
 from megatron.moevement.store.memory_plan import check_room
 from moevement_ext import CopyEngine
 
@@ -45,6 +47,15 @@ class SlotMemory:
         self._config, self._agreement, self._engine = config, agreement, engine
         self._path, self._ranks_on_node = path, ranks_on_node
         self._pinning: Pinning | None = None
+
+    def lock(self) -> None:
+        """Keeps other jobs away from the slots. Collective.
+
+        Raises:
+            StoreError: on every rank, if another job uses the slots of any rank.
+        """
+        if not self._config.dry_run:
+            together(self._agreement, lambda: hold(self._path))
 
     def check(self, plan: SparsePlan) -> None:
         """Refuses a plan that there is no room for, before any rank takes memory. Collective.
@@ -108,11 +119,21 @@ class SlotMemory:
         if self._pinning is not None:
             self._pinning.wait()
 
-    def give_back(self, store: HostStore, keep: bool) -> None:
-        """Unpins the slots and unmaps them; deletes them unless they are kept."""
+    def lock_alone(self) -> None:
+        """The same for a process that took over a rank while the others wait: its lock went with the dead one.
+
+        Raises:
+            StoreError: another job uses the slots.
+        """
+        hold(self._path)
+
+    def give_back(self, store: HostStore | None, keep: bool) -> None:
+        """Unpins and unmaps the slots. Deletes them unless they are kept, and then the directory if it is empty."""
         if self._pinning is not None:
             self._pinning.close()
-        if keep:
-            store.close()
-        else:
-            store.remove()
+        if store is not None:
+            store.close() if keep else store.remove()
+        release(self._path, remove=not keep)
+        # Other ranks' files, and slots that this run left alone, keep the directory.
+        with contextlib.suppress(OSError):
+            self._path.parent.rmdir()

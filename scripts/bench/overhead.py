@@ -7,6 +7,8 @@
 Blocks of iterations alternate between the variants. `off`: the manager isn't called. `sparse`: a slot in every
 iteration, with digests; `sparse-undigested`: without. `sparse-copy`: what a slot holds, by torch's `copy_` on a side
 stream. `dense-sync`, `dense-side`: everything in every iteration by `copy_`, waited for at once or on a side stream.
+A sparse variant may have switches, such as `sparse:chunks=2x4` (MiB,
+in flight), `sparse:spread=0.9` or `sparse:pauses` (scripts/bench/switches.py).
 `dcp`: torch.distributed.checkpoint.async_save of everything in every iteration; `nvrx`: the local checkpoint of
 nvidia-resiliency-ext; both run after the others, because a save takes many iterations. The first iteration of a block
 isn't counted, because the block before it is still being digested. Besides the time of iterations it shows how long
@@ -101,7 +103,7 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if min(options.blocks, options.block - 1, options.slow_iterations) * (options.block - 1) < 2:
         parser.error("--blocks, --block and --slow-iterations: at least two iterations of each variant must count")
-    unknown = set(options.variants.split(",")) - set(LABELS)
+    unknown = {name for name in options.variants.split(",") if name.partition(":")[0] not in LABELS}
     if unknown or "off" not in options.variants.split(","):
         parser.error(f"--variants {options.variants}: 'off' and any of {', '.join(LABELS)}")
     return options
@@ -151,9 +153,11 @@ def summarize(options: argparse.Namespace, raw: dict[str, Any]) -> dict[str, Any
         if len(blocks) == len(raw["blocks"]["off"]):
             pairs = zip(raw["blocks"]["off"], blocks, strict=True)
             one["overhead_of_block_pairs"] = sorted(statistics.median(s) / statistics.median(o) - 1 for o, s in pairs)
-    for name, slots in raw["slots"].items():
-        if name in variants:
-            variants[name]["slot"] = {k: statistics.median(v) if isinstance(v, list) else v for k, v in slots.items()}
+    slots = raw["slots"]
+    for name, values in slots.pop("by_variant", {}).items():
+        variants[name]["slot"] = {kind: statistics.median(seconds) for kind, seconds in values.items()}
+    if slots:
+        slots["begin_seconds"] = statistics.median(slots["begin_seconds"])
     return {
         "command": command(options),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -169,6 +173,7 @@ def summarize(options: argparse.Namespace, raw: dict[str, Any]) -> dict[str, Any
         "parameters": raw["parameters"],
         "mode": options.mode,
         "digest": options.digest,
+        "slots": slots,
         "variants": variants,
     }
 
@@ -193,13 +198,26 @@ def print_table(result: dict[str, Any]) -> None:
     for name, one in result["variants"].items():
         low, high = one["quartiles"]
         print(
-            f"  {name:17s} median {one['median']:8.4f} s, quartiles {low:.4f} to {high:.4f}, n={one['iterations']:2d}, "
+            f"  {name:26s} median {one['median']:8.4f} s, quartiles {low:.4f} to {high:.4f}, n={one['iterations']:2d}, "
             f"{100 * one['overhead']:+8.2f}%{pair_range(one)}; busy {one['processor_median']:.3f} s; "
             f"peak {one['peak_device_mib']:.0f} MiB; costs 3% every {one['interval_at_3_percent']} iterations"
         )
+    slots = result["slots"]
+    if slots:
+        print(
+            f"  W={slots['window']}, slot of rank 0 {slots['slot_bytes'] / (1 << 20):.2f} MiB, failed slots "
+            f"{slots['failed_slots']}; begin {1000 * slots['begin_seconds']:.2f} ms on the training thread; "
+            f"planned with {slots['planned_with']}"
+        )
+        mib = {kind: slots[f"{kind}_bytes_taken"] / 2**20 for kind in ("shared", "host", "device")}
+        print(
+            f"  memory: {slots['memory_bytes'] / 2**20:.1f} MiB planned; taken {mib['shared']:.1f} shared and "
+            f"{mib['host']:.1f} of its own, {mib['device']:.1f} on the device"
+        )
     for name, one in result["variants"].items():
         if "slot" in one:
-            print_slot(name, one["slot"])
+            figures = ", ".join(f"{kind.removesuffix('_seconds')} {1000 * s:.2f} ms" for kind, s in one["slot"].items())
+            print(f"  {name}: {figures}")
 
 
 def pair_range(one: dict[str, Any]) -> str:
@@ -210,14 +228,10 @@ def pair_range(one: dict[str, Any]) -> str:
     )
 
 
-def print_slot(name: str, slot: dict[str, Any]) -> None:
-    """What the slots of one variant took."""
-    milliseconds = {key.removesuffix("_seconds"): 1000 * s for key, s in slot.items() if key.endswith("_seconds")}
-    print(
-        f"  {name}: W={slot['window']}, slot of rank 0 {slot['slot_bytes'] / (1 << 20):.2f} MiB: begin "
-        f"{milliseconds['begin']:.2f} ms on the training thread, copy {milliseconds['copy']:.2f} ms, stall "
-        f"{milliseconds['stall']:.2f} ms, digest {milliseconds['digest']:.2f} ms; failed slots {slot['failed_slots']}"
-    )
+def label(name: str) -> str:
+    """What a variant is called in the plot."""
+    kind, _, switches = name.partition(":")
+    return LABELS[kind] + (f"\n{switches}" if switches else "")
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -234,7 +248,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.barh(row, 1000 * (one["quartiles"][1] - one["quartiles"][0]), 0.6, 1000 * one["quartiles"][0], color="0.9")
         axes.scatter(milliseconds, [row + 0.04 * (i % 7 - 3) for i in range(len(milliseconds))], s=14, alpha=0.6)
         axes.plot([1000 * one["median"]] * 2, [row - 0.3, row + 0.3], color="black", linewidth=1.5)
-    axes.set_yticks(range(len(variants)), [LABELS[name] for name in variants])
+    axes.set_yticks(range(len(variants)), [label(name) for name in variants])
     axes.set_ylim(-0.6, len(variants) - 0.4)
     axes.set_xlabel("milliseconds an iteration (line: median, grey: middle half)")
     if max(one["median"] for one in variants.values()) > 5 * variants["off"]["median"]:
@@ -242,7 +256,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     title = f"{result['model']} on {result['machine']['device']}"
     if "sparse" in variants:
         sparse = variants["sparse"]
-        title += f": W={sparse['slot']['window']} {result['mode']}, overhead {100 * sparse['overhead']:+.2f}%"
+        title += f": W={result['slots']['window']} {result['mode']}, overhead {100 * sparse['overhead']:+.2f}%"
     axes.set_title(title, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=140)

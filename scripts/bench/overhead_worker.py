@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from megatron.moevement import arguments
 from megatron.moevement.config import SparseCheckpointConfig, add_sparse_checkpoint_flags, config_from_namespace
@@ -25,7 +26,6 @@ from moevement_ext import HostRegion
 WARM_UP_ITERATIONS = 5
 # Variants that take many times an iteration: few iterations of them, in one block after the others.
 SLOW = ("dcp", "nvrx")
-VARIANTS = ("off", "sparse", "sparse-undigested", "sparse-copy", "dense-sync", "dense-side", *SLOW)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -52,26 +52,23 @@ class Say:
 
 
 class Measurement:
-    """Figures of slots, from the events of this rank."""
+    """Figures of slots by variant, from the events of this rank. A slot is reported an iteration late at most."""
 
     def __init__(self) -> None:
-        self.values: dict[str, list[float]] = {}
+        self.by_variant: dict[str, dict[str, list[float]]] = {}
+        self.variant = ""
         self.slot_bytes = self.failed_slots = 0
-        self.reset()
-
-    def reset(self) -> None:
-        """Forgets what was measured so far."""
-        self.values = {"stall_seconds": [], "copy_seconds": [], "digest_seconds": []}
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Takes one event."""
+        values = self.by_variant.setdefault(self.variant, {}) if self.variant else {}
         if event["kind"] == "iteration":
-            self.values["stall_seconds"].append(event["stall_seconds"])
+            values.setdefault("stall_seconds", []).append(event["stall_seconds"])
             self.slot_bytes = max(self.slot_bytes, event["slot_bytes"])
             self.failed_slots = event["failed_slots"]
         elif event["kind"] == "slot":
             for name in ("copy_seconds", "digest_seconds"):
-                self.values[name].append(event[name])
+                values.setdefault(name, []).append(event[name])
 
 
 def measure(config: TrainingConfig, sparse: SparseCheckpointConfig, options: argparse.Namespace) -> None:
@@ -96,9 +93,9 @@ def measure(config: TrainingConfig, sparse: SparseCheckpointConfig, options: arg
 
     run(train_loop.NoHooks(), WARM_UP_ITERATIONS)
     say("warmed up")
-    managers = _managers(training, sparse, names, functools.partial(run, iterations=1), say)
     with contextlib.ExitStack() as stack:
-        hooks = _hooks(training, sparse, names, managers, on_gpu, stack)
+        slots = _warm_slots(training, sparse, names, functools.partial(run, iterations=1), say, stack)
+        hooks = _hooks(training, sparse, names, slots, on_gpu, stack)
         for name, hook in hooks.items():
             run(hook, 1)
             say(f"{name}: first iteration")
@@ -106,6 +103,9 @@ def measure(config: TrainingConfig, sparse: SparseCheckpointConfig, options: arg
             for name in list(hooks) if number % 2 == 0 else list(hooks)[::-1]:
                 record.block(name, functools.partial(run, hooks[name]), options.block)
             say(f"block {number + 1} of {options.blocks}: {record.medians()}")
+    figures = slots.figures() if slots is not None else {}
+    if slots is not None:
+        slots.manager.finish(durable=True)
     for name in (name for name in names if name in SLOW):
         with contextlib.ExitStack() as stack:
             hook = _slow_hook(training, name, options.scratch, on_gpu, stack)
@@ -116,15 +116,13 @@ def measure(config: TrainingConfig, sparse: SparseCheckpointConfig, options: arg
         raw = {
             "blocks": record.blocks,
             "processor_seconds": busy,
-            "slots": {name: one.figures() for name, one in managers.items()},
+            "slots": figures,
             "parameters": parameters,
             "device": torch.cuda.get_device_name() if on_gpu else "CPU",
             "torch": torch.__version__,
             "peak_device_mib": record.peak,
         }
         options.raw.write_text(json.dumps(raw))
-    for one in managers.values():
-        one.manager.finish(durable=True)
     distributed.stop()
 
 
@@ -159,30 +157,34 @@ class Record:
         return self._busy
 
 
-def _managers(
-    training: Any, sparse: SparseCheckpointConfig, names: list[str], iterate: Callable[[Any], object], say: Say
-) -> dict[str, Snapshots]:
-    """The managers that the variants need, warmed up, by the variant that they take slots in."""
-    wanted = {}
-    if "sparse" in names or "sparse-copy" in names:
-        wanted["sparse"] = sparse
-    if "sparse-undigested" in names:
-        wanted["sparse-undigested"] = dataclasses.replace(sparse, digest=False, name=f"{sparse.name}-undigested")
-    managers = {}
-    for name, config in wanted.items():
-        managers[name] = one = Snapshots(training, config)
-        one.warm_up(functools.partial(iterate, one.hooks))
-        assert one.manager.plan is not None
-        memory = one.manager.plan.memory
-        say(f"{name}: {memory.slots} slots of {memory.slot_bytes / 2**20:.1f} MiB, each written once")
-    return managers
+def _warm_slots(
+    training: Any,
+    sparse: SparseCheckpointConfig,
+    names: list[str],
+    iterate: Callable[[Any], object],
+    say: Say,
+    stack: contextlib.ExitStack,
+) -> Snapshots | None:
+    """The manager of all variants that take slots or copy what a slot holds, warmed up; None if there are none."""
+    from scripts.bench.switches import Pauses
+
+    if not any(name.startswith("sparse") for name in names):
+        return None
+    if any(":pauses" in name for name in names):
+        stack.enter_context(Pauses.installed())
+    slots = Snapshots(training, sparse)
+    slots.warm_up(functools.partial(iterate, slots.hooks))
+    assert slots.manager.plan is not None
+    memory = slots.manager.plan.memory
+    say(f"{memory.slots} slots of {memory.slot_bytes / 2**20:.1f} MiB, each written once")
+    return slots
 
 
 def _hooks(
     training: Any,
     sparse: SparseCheckpointConfig,
     names: list[str],
-    managers: dict[str, Snapshots],
+    slots: Snapshots | None,
     on_gpu: bool,
     stack: contextlib.ExitStack,
 ) -> dict[str, Any]:
@@ -193,30 +195,31 @@ def _hooks(
     from scripts.bench import baselines
 
     copied: dict[str, Any] = {}
-    if managers and {"sparse-copy", "dense-sync", "dense-side"} & set(names):
-        # Other variants copy into the slots of the first manager, which nobody recovers from.
-        one = next(iter(managers.values()))
-        assert one.manager.plan is not None
-        schedule = one.manager.plan.schedule
-        region = stack.enter_context(HostRegion.open(str(one.slots_path), writable=True))
+    if slots is not None and {"sparse-copy", "dense-sync", "dense-side"} & set(names):
+        # Other variants copy into the slots' memory, which nobody recovers from.
+        assert slots.manager.plan is not None
+        schedule = slots.manager.plan.schedule
+        region = stack.enter_context(HostRegion.open(str(slots.slots_path), writable=True))
         view = stack.enter_context(memoryview(region))
         if on_gpu:
             engine = attach.copy_engine(training.topology.device, sparse)
             stack.callback(engine.close)
             engine.register_host(region.address, region.nbytes)
         host = torch.frombuffer(view, dtype=torch.uint8)
-        slot = functools.partial(_slot, one.state, schedule, on_gpu)
+        slot = functools.partial(_slot, slots.state, schedule, on_gpu)
         copied["sparse-copy"] = functools.partial(baselines.TorchCopies, slot, schedule.window, host, True)
         if {"dense-sync", "dense-side"} & set(names):
-            dense = list(baselines.dense_tensors(one.state, on_gpu).values())
+            dense = list(baselines.dense_tensors(slots.state, on_gpu).values())
             copied["dense-sync"] = functools.partial(baselines.TorchCopies, lambda _: dense, 1, host, False)
             copied["dense-side"] = functools.partial(baselines.TorchCopies, lambda _: dense, 1, host, True)
     hooks: dict[str, Any] = {}
     for name in (name for name in names if name not in SLOW):
         if name == "off":
             hooks[name] = train_loop.NoHooks()
-        else:
-            hooks[name] = managers[name].hooks if name in managers else copied[name]()
+        elif name in copied:
+            hooks[name] = copied[name]()
+        elif slots is not None:
+            hooks[name] = slots.switched(name)
     return hooks
 
 
@@ -248,16 +251,32 @@ class Snapshots:
     """One manager and its hooks. Collective over the ranks."""
 
     def __init__(self, training: Any, config: SparseCheckpointConfig) -> None:
+        from megatron.moevement import manager
         from megatron.moevement.integration import attach, train_loop
         from megatron.moevement.recovery.start import store_path
+        from scripts.bench.switches import SwitchedEngine, SwitchedPool
 
         events = EventLog(None, training.topology.rank)
         self._measured = Measurement()
         events.listen(self._measured)
-        self.manager, self.state = attach.build_manager(training, config, events)
+        self._memory_before = memory_in_use(training.topology.device.type == "cuda")
+        with (
+            mock.patch.object(attach, "CopyEngine", SwitchedEngine),
+            mock.patch.object(manager, "DigestPool", SwitchedPool),
+        ):
+            self.manager, self.state = attach.build_manager(training, config, events)
+        self._engine = SwitchedEngine.made[-1]
+        self._on_gpu = training.topology.device.type == "cuda"
         self.slots_path = store_path(config.job_directory, training.topology.rank)
         self.manager.start(None)
         self.hooks = Consecutive(attach.SparseHooks(training, self.manager, train_loop.NoHooks()))
+
+    def switched(self, name: str) -> Any:
+        """The hooks of the variant `name`."""
+        from scripts.bench.switches import Switched
+
+        text = "digests=off" if name == "sparse-undigested" else name.partition(":")[2]
+        return Measured(Switched(self.hooks, self._engine, text), self._measured, name)
 
     def warm_up(self, iterate: Callable[[], object]) -> None:
         """Goes on until the window is chosen and every slot of the ring has been written once."""
@@ -266,20 +285,60 @@ class Snapshots:
         assert self.manager.plan is not None
         for _ in range(self.manager.plan.memory.slots):
             iterate()
-        self._measured.reset()
+        self._memory_taken = [
+            now - before for now, before in zip(memory_in_use(self._on_gpu), self._memory_before, strict=True)
+        ]
         self.hooks.begin_seconds.clear()
 
     def figures(self) -> dict[str, Any]:
-        """Of this rank's slots: seconds of every one, bytes, window."""
+        """Of this rank's slots: by variant, seconds of every one and bytes; what all share."""
         assert self.manager.plan is not None
+        measured = self.manager.plan.measured
         return {
-            **self._measured.values,
+            "by_variant": self._measured.by_variant,
             "begin_seconds": self.hooks.begin_seconds,
             "slot_bytes": self._measured.slot_bytes,
             "failed_slots": self._measured.failed_slots,
             "window": self.manager.plan.schedule.window,
             "memory_bytes": self.manager.plan.memory.total_bytes,
+            "host_bytes_taken": self._memory_taken[0],
+            "shared_bytes_taken": self._memory_taken[1],
+            "device_bytes_taken": self._memory_taken[2],
+            "planned_with": dataclasses.asdict(measured) if measured is not None else None,
         }
+
+
+def memory_in_use(on_gpu: bool) -> tuple[int, int, int]:
+    """Bytes of this process's own host memory, of its shared memory, and of all that is taken on the device."""
+    import torch
+
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    own, shared = (int(status[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem"))
+    if not on_gpu:
+        return own, shared, 0
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    return own, shared, total - free
+
+
+class Measured:
+    """Hooks that tell the measurement whose slots come."""
+
+    def __init__(self, inner: Any, measurement: Measurement, name: str) -> None:
+        self._inner, self._measurement, self._name = inner, measurement, name
+
+    def before_forward(self, iteration: int) -> None:
+        """Begins the slot."""
+        self._measurement.variant = self._name
+        self._inner.before_forward(iteration)
+
+    def before_optimizer_step(self, iteration: int) -> None:
+        """The fence."""
+        self._inner.before_optimizer_step(iteration)
+
+    def after_optimizer_step(self, iteration: int, outcome: Any) -> None:
+        """Hands over the record."""
+        self._inner.after_optimizer_step(iteration, outcome)
 
 
 class Clock:

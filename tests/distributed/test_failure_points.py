@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron.moevement.store.host_store import HostStore
+from megatron.moevement.store.lock import hold, release
 from tests.distributed.conftest import Lab
 from tests.support.launcher import Job, Outcome
 from tests.support.scenario import Scenario, differences, sparse_flags
@@ -137,7 +138,7 @@ def test_a_damaged_newest_slot_falls_back_to_the_window_before(lab: Lab, tmp_pat
     assert "digest of" in outcome.output
 
 
-@pytest.mark.parametrize("damage", ["all_slots", "file_missing", "file_cut", "superblock"])
+@pytest.mark.parametrize("damage", ["all_slots", "file_missing", "file_cut", "superblock", "empty", "unfinished"])
 def test_a_lost_rank_starts_from_scratch_and_says_so(
     lab: Lab, tmp_path: Path, shared_memory: Path, damage: str
 ) -> None:
@@ -152,7 +153,13 @@ def test_a_lost_rank_starts_from_scratch_and_says_so(
             path.unlink()
         else:
             content = path.read_bytes()
-            path.write_bytes(content[:5000] if damage == "file_cut" else content[:60] + b"?" + content[61:])
+            damaged = {
+                "file_cut": content[:5000],
+                "superblock": content[:60] + b"?" + content[61:],
+                "empty": b"",
+                "unfinished": bytes(len(content)),
+            }
+            path.write_bytes(damaged[damage])
 
     job.between = lose
     outcome = job.run()
@@ -222,6 +229,16 @@ def test_another_world_size_is_refused(lab: Lab, tmp_path: Path, shared_memory: 
     )
 
 
+def test_slots_of_a_running_job_are_refused(lab: Lab, tmp_path: Path, shared_memory: Path, kept_slots: Path) -> None:
+    shutil.copytree(kept_slots, shared_memory / "job")
+    before = {path.name: path.read_bytes() for path in (shared_memory / "job").iterdir()}
+    hold(shared_memory / "job" / "rank00002.slots")
+    outcome = sparse_job(lab, tmp_path, shared_memory, "--sparse-ckpt-fresh").run()
+    release(shared_memory / "job" / "rank00002.slots", remove=False)
+    assert outcome.statuses == [2] and "--sparse-ckpt-name job: another running job" in outcome.output, outcome.output
+    assert {path.name: path.read_bytes() for path in (shared_memory / "job").iterdir()} == before, "nothing is lost"
+
+
 def test_an_older_format_is_refused(lab: Lab, tmp_path: Path, shared_memory: Path, kept_slots: Path) -> None:
     shutil.copytree(kept_slots, shared_memory / "job")
     path = shared_memory / "job" / "rank00001.slots"
@@ -264,7 +281,7 @@ def test_total_loss_falls_back_to_the_dense_checkpoint(lab: Lab, tmp_path: Path,
     assert_exact(lab, outcome)
     assert first_iteration(outcome) == 4
     assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == "9"
-    assert not (shared_memory / "job" / "rank00000.slots").exists(), "the last step is durable, the slots are removed"
+    assert not (shared_memory / "job").exists(), "the last step is durable, the slots are removed"
 
 
 def test_killed_in_a_dense_save(lab: Lab, tmp_path: Path, shared_memory: Path) -> None:
@@ -299,4 +316,4 @@ def test_the_plan_is_printed_and_nothing_else_happens(lab: Lab, tmp_path: Path, 
     assert outcome.ok, outcome.output
     for word in ("operators", "window", "slot data", "host memory", "a recovery", "measured"):
         assert word in outcome.output
-    assert not list(shared_memory.rglob("*.slots"))
+    assert not any(shared_memory.iterdir())

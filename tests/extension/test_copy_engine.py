@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moevement_ext import CopyEngine, EngineError, build_info
+from tests.support.engines import only_when_the_gil_is_free
 
 Bytes = npt.NDArray[np.uint8]
 # Slow enough that a test can act while 1,000 bytes are copied, in chunks of 10.
@@ -252,29 +253,22 @@ def test_bandwidth_limit_and_stats() -> None:
 
 
 def test_the_gil_is_free_while_a_thread_waits() -> None:
-    source, target = pair(300)
-    waits: list[Callable[[CopyEngine], object]] = [
-        lambda engine: engine.wait(copy_all(engine, source, target), 60.0),
-        lambda engine: engine.copy_now(words(source.ctypes.data), words(target.ctypes.data), words(300)),
-    ]
-    for wait in waits:
-        with slow_engine() as engine:
-            ended = threading.Event()
-            progress = 0
+    """Another thread gets the GIL in the wait and nowhere else, and the wait ends because that thread runs."""
+    source, target = pair(100_000)
+    with slow_engine() as engine:
+        ticket = copy_all(engine, source, target)
+        with only_when_the_gil_is_free(lambda: engine.cancel(ticket)):
+            assert engine.wait(ticket, 60.0)
+        assert engine.state(ticket) == "cancelled"
 
-            def count(ended: threading.Event = ended) -> None:
-                nonlocal progress
-                while not ended.is_set():
-                    progress += 1
-                    time.sleep(0.001)
+        def cancel_once_it_is_there() -> None:
+            while True:
+                with contextlib.suppress(KeyError):
+                    engine.cancel(ticket + 1)
+                    return
 
-            counter = threading.Thread(target=count)
-            counter.start()
-            wait(engine)
-            seen = progress
-            ended.set()
-            counter.join()
-            assert seen > 5
+        with only_when_the_gil_is_free(cancel_once_it_is_there), pytest.raises(EngineError, match="cancelled"):
+            engine.copy_now(words(source.ctypes.data), words(target.ctypes.data), words(source.nbytes))
 
 
 def test_ctrl_c_ends_a_wait() -> None:

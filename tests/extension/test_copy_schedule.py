@@ -138,7 +138,8 @@ def test_spread_and_hurry() -> None:
     with CopyEngine(chunk_bytes=10) as engine:
         ticket = submit(engine, source, target, spread_seconds=0.3)
         assert engine.wait(ticket, 60.0)
-        assert 0.25 < engine.stats(ticket).copy_seconds < 5.0
+        stats = engine.stats(ticket)
+        assert stats.queue_seconds + stats.copy_seconds > 0.28
         slow = submit(engine, source, target, spread_seconds=500.0)
         assert not engine.wait(slow, 0.05)
         assert engine.stats(slow).bytes < 100

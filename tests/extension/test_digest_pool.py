@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moevement_ext import DIGEST_CHUNK_BYTES, DigestPool, EngineError
+from tests.support.engines import only_when_the_gil_is_free
 
 MEMORY = np.random.default_rng(1).integers(0, 256, 3 * DIGEST_CHUNK_BYTES, dtype=np.uint8)
 
@@ -115,27 +115,22 @@ def test_bad_arguments() -> None:
             pool.wait(1, -1.0)
 
 
-def test_threads_are_named_and_the_gil_is_free() -> None:
+def test_threads_are_named() -> None:
     with DigestPool(2) as pool:
         assert pool.threads == 2
-        ended, progress = threading.Event(), 0
+        assert pool.wait(large(pool, 1), 60.0) == model(0, MEMORY.nbytes)
+        names = {task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()}
+        assert {"moe-digest-0", "moe-digest-1"} <= names
 
-        def count() -> None:
-            nonlocal progress
-            while not ended.is_set():
-                progress += 1
-                time.sleep(0.0005)
 
-        counter = threading.Thread(target=count)
-        counter.start()
-        ticket = large(pool, 30)
-        names = [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
-        assert pool.wait(ticket, 60.0) == 30 * model(0, MEMORY.nbytes)
-        seen = progress
-        ended.set()
-        counter.join()
-        assert {"moe-digest-0", "moe-digest-1"} <= set(names)
-        assert seen > 5
+def test_the_gil_is_free_while_a_thread_waits() -> None:
+    """Another thread gets the GIL in the wait and nowhere else, and the wait ends because that thread runs."""
+    pool = DigestPool(1)
+    tickets = [large(pool, 50_000) for _ in range(2)]
+    with only_when_the_gil_is_free(lambda: pool.cancel(tickets[1])), pytest.raises(EngineError, match="cancelled"):
+        pool.wait(tickets[1], 600.0)
+    assert pool.wait(tickets[0], 0.0) is None
+    pool.close()
 
 
 def test_a_fork_cannot_use_the_pool_and_does_not_hang() -> None:

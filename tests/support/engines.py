@@ -1,6 +1,9 @@
 """Copy engines of the CPU that behave like one of a GPU in one respect."""
 
+import contextlib
+import sys
 import threading
+from collections.abc import Callable, Iterator
 
 from moevement_ext import CopyEngine, EngineError
 
@@ -28,3 +31,24 @@ class PinningEngine(CopyEngine):
     def unregister_host(self, address: int) -> bool:
         self.registered.remove(address)
         return True
+
+
+@contextlib.contextmanager
+def only_when_the_gil_is_free(action: Callable[[], object]) -> Iterator[None]:
+    """Runs `action` on a thread that gets the GIL no sooner than native code within the block lets it go."""
+    waiting = threading.Event()
+
+    def act() -> None:
+        waiting.wait()
+        action()
+
+    thread = threading.Thread(target=act)
+    thread.start()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000.0)
+    try:
+        waiting.set()
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()

@@ -36,11 +36,13 @@ def test_what_is_taken_is_what_was_planned_and_goes(tmp_path: Path) -> None:
     assert store.geometry.slots == plan.memory.slots and store.content["run_id"] and slots.pinned
     size = store.path.stat().st_size
     assert 0 <= size - plan.memory.total_bytes <= 65536
+    slots.lock()
     slots.give_back(store, keep=True)
     assert store.path.stat().st_size == size
     again = slots.create(plan, CONTENT, threads=1)
+    slots.lock()
     slots.give_back(again, keep=False)
-    assert not again.path.exists()
+    assert not any(tmp_path.iterdir()), "neither slots nor lock nor an empty directory"
 
 
 def test_every_slot_is_pinned_by_itself(tmp_path: Path) -> None:

@@ -25,12 +25,12 @@ def measure_bandwidth(
         rank: keeps the scratch files of ranks apart.
         stream: the device stream that produces the sources.
     """
-    chosen, total = [], 0
+    chosen, total = list[MemoryRange](), 0
     for piece in sources:
-        if total + piece.nbytes > MEASURE_BYTES_LIMIT:
-            break
-        chosen.append(piece)
-        total += piece.nbytes
+        nbytes = min(piece.nbytes, MEASURE_BYTES_LIMIT - total)
+        if nbytes:
+            chosen.append(MemoryRange(piece.address, nbytes))
+        total += nbytes
     if not total:
         return float("inf")
     directory.mkdir(parents=True, exist_ok=True)

@@ -119,6 +119,8 @@ def decode_superblock(view: memoryview, path: str, wanted: bytes = SUPERBLOCK_MA
     if len(view) < _SUPERBLOCK.size:
         raise SlotInvalid(f"{path}: too short for a {kind} store")
     magic, length, digest = _SUPERBLOCK.unpack(view[: _SUPERBLOCK.size])
+    if not any(view[: _SUPERBLOCK.size]):
+        raise SlotInvalid(f"{path}: not finished: its worker died while it made the file")
     if magic[:7] != wanted[:7]:
         raise StoreError(f"{path}: not a {kind} store; remove it or use --sparse-ckpt-fresh")
     if magic != wanted:

@@ -80,9 +80,12 @@ class HostStore:
 
         Raises:
             StoreError: it can't be opened, or is of another format.
-            SlotInvalid: it is damaged or cut off.
+            SlotInvalid: it is damaged, cut off, or its worker died before it was finished.
         """
         try:
+            # A region of no bytes can't be mapped.
+            if path.is_file() and path.stat().st_size == 0:
+                raise SlotInvalid(f"{path}: empty: its worker died while it made the file")
             region = HostRegion.open(str(path), writable=True)
         except OSError as error:
             raise StoreError(f"{path}: {error.strerror}; use --sparse-ckpt-fresh to start without it") from error

@@ -152,6 +152,8 @@ def test_slots_of_a_killed_writer_are_whole_or_absent(tmp_path: Path) -> None:
         (lambda b: b[:100], SlotInvalid, "superblock is damaged"),
         (lambda b: b[: len(b) // 2], SlotInvalid, "superblock says"),
         (lambda b: b[:10], SlotInvalid, "too short"),
+        (lambda b: b"", SlotInvalid, "died while it made the file"),
+        (lambda b: b"\0" * len(b), SlotInvalid, "died while it made the file"),
     ],
 )
 def test_bad_files_are_refused_by_name(tmp_path: Path, damage: object, error: type[Exception], text: str) -> None:

@@ -1,0 +1,174 @@
+"""The slots of one rank while iterations run: begun, fenced, committed, retained; one store and one schedule."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.moevement.config import SparseCheckpointConfig
+from megatron.moevement.errors import MoevementError
+from megatron.moevement.events import EventLog
+from megatron.moevement.operators.state import TrainingState
+from megatron.moevement.planning import SparsePlan
+from megatron.moevement.recovery.plan import newest_run, slots_to_keep
+from megatron.moevement.schedule.age import SnapshotAge
+from megatron.moevement.schedule.agreement import Agreement
+from megatron.moevement.schedule.reordering import Reordering
+from megatron.moevement.schedule.slots import SlotSchedule
+from megatron.moevement.snapshot.capture import Capture
+from megatron.moevement.store.committer import Committed, Committer
+from megatron.moevement.store.host_store import HostStore
+from megatron.moevement.types import IterationRecord, SlotSpec
+from moevement_ext import CopyEngine, DigestPool
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What takes slots of `state`: the copy engine, the digest threads (None commits without digests), the world, and
+    who is told."""
+
+    config: SparseCheckpointConfig
+    state: TrainingState
+    agreement: Agreement
+    engine: CopyEngine
+    digests: DigestPool | None
+    events: EventLog
+
+
+class SlotCycle:
+    """Takes a slot in every iteration.
+
+    Args:
+        tools: how.
+        store: where slots go.
+        plan: how much room there is.
+        schedule: which operators a slot holds.
+        first_step: step of the first slot.
+    """
+
+    def __init__(
+        self, tools: Tools, store: HostStore, plan: SparsePlan, schedule: SlotSchedule, first_step: int
+    ) -> None:
+        self._tools, self.store, self._plan, self.schedule = tools, store, plan, schedule
+        self._first_step, names = first_step, tools.state.table.names
+        self._order = Reordering(tools.config, tools.state.table)
+        self._capture = Capture(tools.state, store, tools.engine, tools.agreement.rank, store.content["run_id"])
+        self._committer = Committer(store, tools.digests, self._on_committed)
+        self._age = SnapshotAge(names, max(plan.longest_run, schedule.window), first_step)
+        self.loadable, self.failed_slots = -1, 0
+        self._slot_bytes, self._stall_seconds, self._fence_started_time = 0, 0.0, 0.0
+
+    def continue_from(self, specs: Mapping[int, SlotSpec], last: int) -> None:
+        """Goes on behind a recovery to step `last` from slots of these specs, the same on all ranks of the stage."""
+        for step in sorted(specs):
+            if step < last:
+                self._age.note(step, specs[step].full)
+        self._order.restart(last)
+        self.loadable = last
+
+    def begin(self, step: int, record: IterationRecord | None, loadable_everywhere: int) -> None:
+        """Starts copying the slot of `step`. A capture that fails is counted and reported, training goes on.
+
+        Args:
+            step: which.
+            record: of the iteration before.
+            loadable_everywhere: newest step that every rank is known to be able to load, -1 if none.
+        """
+        self._retain(loadable_everywhere)
+        spec = self.schedule.spec(step)
+        try:
+            self._slot_bytes = self._capture.begin(spec, record)
+        except MoevementError as error:
+            self._fail(step, str(error))
+            return
+        self._age.capture(step, spec.full)
+
+    def fence(self) -> None:
+        """Returns when every copy of the slot has been read from the device."""
+        started, self._fence_started_time = time.perf_counter(), time.time()
+        try:
+            copied, _ = self._capture.fence()
+        except MoevementError as error:
+            self._fail(-1, str(error))
+            return
+        if copied is not None:
+            self._committer.submit(copied)
+        self._stall_seconds = time.perf_counter() - started
+
+    def interrupt(self) -> None:
+        """Drops the slot under way, and waits for those that are copied."""
+        self._capture.cancel()
+        self._committer.drain()
+
+    def close(self) -> None:
+        """Drops the slot under way and ends the commits. The store stays open."""
+        self._capture.cancel()
+        self._committer.close()
+
+    def status(self, iteration: int) -> dict[str, Any]:
+        """The figures of an iteration for displays."""
+        oldest, age = self._age.oldest(iteration + 1)
+        return {
+            "slot_bytes": self._slot_bytes,
+            "stall_seconds": self._stall_seconds,
+            "fence_started_time": self._fence_started_time,
+            "oldest_age_steps": age,
+            "oldest_age_bound_steps": self._age.bound,
+            "oldest_operator": oldest,
+            "window": self.schedule.window,
+            "window_index": self.schedule.index(iteration),
+            "memory_used_bytes": len(self.store.committed) * self._plan.memory.slot_bytes,
+            "failed_slots": self.failed_slots,
+        }
+
+    def maybe_reorder(self, step: int) -> None:
+        """At the start of a window: orders experts by popularity again if it has changed enough (paper 3.2)."""
+        tools, schedule = self._tools, self.schedule
+        if not tools.config.reorder or schedule.index(step) or step == self._first_step:
+            return
+        counts, most = tools.state.popularity(), max(self._plan.slot_bytes) + self._plan.spare_bytes
+
+        def report(chosen: SlotSchedule, refused: bool) -> None:
+            tools.events.emit("reorder", step=step, refused=refused, **schedule_fields(chosen))
+
+        self.schedule = self._order.next_schedule(schedule, step, counts, most, tools.agreement, report)
+
+    def _on_committed(self, slot: Committed) -> None:
+        """Runs on the committer's thread."""
+        if slot.error:
+            self._fail(slot.slot.lease.step, slot.error)
+            return
+        run = newest_run(self.store.committed, self._tools.state.table.names)
+        self.loadable = run.last if run is not None else -1
+        self._tools.events.emit(
+            "slot",
+            step=slot.slot.lease.step,
+            data_bytes=slot.slot.data_bytes,
+            digest_seconds=slot.digest_seconds,
+            copy_started_time=slot.slot.copy_started_time,
+            copy_seconds=slot.slot.copy_seconds,
+        )
+
+    def _fail(self, step: int, why: str) -> None:
+        """A failed save never ends training: counted, reported, and the next iteration tries again."""
+        self.failed_slots += 1
+        self._age.restart(max(step, 0))
+        self._tools.events.emit("slot_failed", step=step, reason=why, failed_slots=self.failed_slots)
+
+    def _retain(self, loadable_everywhere: int) -> None:
+        """Frees slots that no window needs; if that is not enough, waits for the digests, then gives up the oldest."""
+        store, longest = self.store, self._plan.longest_run
+        store.keep_only(slots_to_keep(frozenset(store.committed), loadable_everywhere, longest))
+        if store.free_slots:
+            return
+        self._committer.drain()
+        store.keep_only(slots_to_keep(frozenset(store.committed), loadable_everywhere, longest))
+        if not store.free_slots:
+            oldest = min(store.committed)
+            store.keep_only(frozenset(step for step in store.committed if step > oldest))
+            self._tools.events.emit("window_given_up", step=oldest, reason="no free slot")
+
+
+def schedule_fields(schedule: SlotSchedule) -> dict[str, Any]:
+    """What events say of a schedule."""
+    return {"window": schedule.window, "window_mode": schedule.mode, "groups": schedule.groups}

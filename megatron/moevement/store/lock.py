@@ -1,0 +1,65 @@
+"""One job at a time: a slot file belongs to the process that holds its lock, and to no other."""
+
+import fcntl
+import os
+import time
+from pathlib import Path
+
+from megatron.moevement.errors import StoreError
+
+# A killed job's last workers may take this long to end before those of the next one find the lock free.
+WAIT_SECONDS = 10.0
+_POLL_SECONDS = 0.05
+# Record locks belong to the process, so a process may ask again; they end with it, or when a descriptor is closed.
+_held: dict[Path, int] = {}
+
+
+def lock_path(slots: Path) -> Path:
+    """The lock file of a slot file."""
+    return slots.with_suffix(".lock")
+
+
+def hold(slots: Path, wait_seconds: float = WAIT_SECONDS) -> None:
+    """Takes the lock of a slot file, for as long as this process lives or until `release`.
+
+    Raises:
+        StoreError: another process holds it, or the directory can't be written.
+    """
+    path = lock_path(slots)
+    if path in _held:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise StoreError(
+            f"--sparse-ckpt-dir {path.parent}: {error.strerror}; choose a directory that can be written"
+        ) from error
+    deadline = time.monotonic() + wait_seconds
+    while not _taken(descriptor):
+        if time.monotonic() >= deadline:
+            os.close(descriptor)
+            raise StoreError(
+                f"--sparse-ckpt-name {path.parent.name}: another running job uses {slots}; stop it or choose "
+                "another name"
+            )
+        time.sleep(_POLL_SECONDS)
+    _held[path] = descriptor
+
+
+def release(slots: Path, remove: bool) -> None:
+    """Gives the lock back if this process holds it; `remove` deletes the lock file too."""
+    descriptor = _held.pop(lock_path(slots), None)
+    if descriptor is None:
+        return
+    if remove:
+        lock_path(slots).unlink(missing_ok=True)
+    os.close(descriptor)
+
+
+def _taken(descriptor: int) -> bool:
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
