@@ -255,12 +255,11 @@ class SparseCheckpointManager:
 
         Args:
             loadable_everywhere: what every rank can load, the same number on all of them.
-            record: of the iteration before, where its end was not reported.
+            record: of the iteration before, where its end was not reported: the failure came first.
         """
         if record is not None:
             self._note(record)
             if record.iteration > self._told:
-                # Its update was finished, or was not told of yet, when the failure ended the iteration.
                 self._tell(record, interrupted=True)
         self._loadable_everywhere = loadable_everywhere
         self._iteration_starts.clear()
