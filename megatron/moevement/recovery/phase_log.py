@@ -44,7 +44,9 @@ class PhaseLog:
         return self._replayed
 
     def enter(self, phase: str, iterations: int = 0) -> None:
-        """A phase begins; `iterations` is how many it replays or serves."""
+        """A phase begins, if it hasn't yet; `iterations` is how many it replays or serves."""
+        if phase == self._phase:
+            return
         if self._phase == TRAIN:
             self._started, self._seconds, self._replayed = time.perf_counter(), {}, 0
         else:

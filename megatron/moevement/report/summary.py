@@ -160,9 +160,7 @@ def verdict(comparison: Comparison) -> str:
     )
 
 
-def summary_json(
-    comparison: Comparison, found: Sequence[Outcome], pids: Mapping[int, Sequence[int]]
-) -> dict[str, Any]:
+def summary_json(comparison: Comparison, found: Sequence[Outcome], pids: Mapping[int, Sequence[int]]) -> dict[str, Any]:
     """Everything that the tables show, for programs."""
     return {
         "equal": comparison.equal,
