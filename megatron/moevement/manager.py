@@ -4,7 +4,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron.moevement.config import SparseCheckpointConfig
@@ -99,7 +99,7 @@ class SparseCheckpointManager:
         self._record: IterationRecord | None = None
         self._records: dict[int, IterationRecord] = {}
         self._found, self._unusable, self._alone = Found(None, "no slots"), frozenset[int](), False
-        self._loadable_everywhere = -1
+        self._loadable_everywhere = self._told = -1
         self._started = False
         self._iteration_starts: list[float] = []
         self._first_step = 0
@@ -162,7 +162,7 @@ class SparseCheckpointManager:
     def _convert(self, store: HostStore, run: Run, unusable: frozenset[int], agreement: Agreement) -> Conversion:
         """Makes the state of Step `run.last` from slots, and goes on with their schedule. Collective over the group."""
         reader = SlotReader(store, self._state.table, self._agreement.rank, self._digests)
-        self._events.emit("recovery_started", first=run.first, last=run.last, replays=run.replays)
+        self._events.emit("recovery_started", first=run.first, last=run.last, replays=run.replays, source=reader.source)
         if store is not self._store:
             self._memory.pin(store)
         self._memory.wait_until_pinned()
@@ -246,28 +246,24 @@ class SparseCheckpointManager:
                 self._report_conversion(Progress(iteration, 0, 0, True, time.perf_counter() - started))
         finally:
             self._alone = False
+        self._told = target - 1
 
     def resume(self, loadable_everywhere: int, record: IterationRecord | None) -> None:
         """All ranks stand at one Step again: goes on as if nothing had happened.
 
         Args:
             loadable_everywhere: what every rank can load, the same number on all of them.
-            record: of the iteration before, where its end was not reported.
+            record: of the iteration before, where its end was not reported: the failure came first.
         """
         if record is not None:
             self._note(record)
+            if record.iteration > self._told:
+                self._tell(record, interrupted=True)
         self._loadable_everywhere = loadable_everywhere
         self._iteration_starts.clear()
 
     def _report_conversion(self, progress: Progress) -> None:
-        self._events.emit(
-            "conversion",
-            step=progress.step,
-            loaded_full=progress.loaded_full,
-            frozen=progress.frozen,
-            replayed=progress.replayed,
-            seconds=progress.seconds,
-        )
+        self._events.emit("conversion", **asdict(progress))
 
     # ----------------------------------------------------------------------------------------------- iteration
 
@@ -304,7 +300,11 @@ class SparseCheckpointManager:
             if self._cycle is None:
                 self._events.emit("pinning", slots=self._memory.pinned_slots, of=self._store.geometry.slots)
             self._agreement.start_minimum(self._announcement)
-        self._events.emit("iteration", **self.status(record))
+        self._tell(record)
+
+    def _tell(self, record: IterationRecord, interrupted: bool = False) -> None:
+        self._told = record.iteration
+        self._events.emit("iteration", replayed=self._alone, interrupted=interrupted, **self.status(record))
 
     def _note(self, record: IterationRecord) -> None:
         """The next slot holds the record; a few more are kept for others who replay."""
