@@ -68,6 +68,7 @@ class Generations:
         # A process that took over a rank has groups that don't communicate.
         groups.leave()
         self._link.next_generation()
+        self._link.beat("connects", resting=True)
         control = distributed.connect(self._job.config, self._link.store())
         new = {**groups.named_groups(), _CONTROL: control}
         groups.rebind(self._held, new)

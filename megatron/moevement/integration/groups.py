@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -101,11 +102,43 @@ def rebind(old: Mapping[str, Any], new: Mapping[str, Any]) -> int:
 def _holders(groups: list[Any], old: Mapping[str, Any]) -> list[Any]:
     """Whatever refers to a group, but for this module's own books and running functions."""
     own = {id(groups), id(old)}
+    wanted = {id(group) for group in groups}
+    known = (*gc.get_referrers(*groups), *_imported_holders(wanted), *_untracked_holders(wanted))
+    found = {id(holder): holder for holder in known}
     return [
         holder
-        for holder in gc.get_referrers(*groups)
+        for holder in found.values()
         if id(holder) not in own and not isinstance(holder, types.FrameType) and not _is_listing(holder, groups)
     ]
+
+
+def _imported_holders(wanted: set[int]) -> Iterator[Any]:
+    """Modules' variables, and containers that these name: `gc.freeze` hides from the collector what imports made."""
+    for module in list(sys.modules.values()):
+        variables = getattr(module, "__dict__", {})
+        for container in (variables, *(v for v in list(variables.values()) if type(v) in (dict, list))):
+            if _holds(container, wanted):
+                yield container
+
+
+def _untracked_holders(wanted: set[int]) -> Iterator[Any]:
+    """Dictionaries and tuples that the collector has ceased to look at, because they can't be part of a cycle.
+
+    The attributes of an object that has nothing but a group and numbers are such a dictionary.
+    """
+    for tracked in gc.get_objects():
+        waiting = gc.get_referents(tracked)
+        while waiting:
+            inner = waiting.pop()
+            if type(inner) in (dict, tuple) and not gc.is_tracked(inner):
+                if _holds(inner, wanted):
+                    yield inner
+                waiting.extend(inner.values() if type(inner) is dict else inner)
+
+
+def _holds(container: Any, wanted: set[int]) -> bool:
+    values = container.values() if isinstance(container, dict) else container
+    return any(id(value) in wanted for value in list(values))
 
 
 def _is_listing(holder: Any, groups: list[Any]) -> bool:
