@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.moevement import injection
 from megatron.moevement.config import SparseCheckpointConfig
 from megatron.moevement.errors import MoevementError
 from megatron.moevement.events import EventLog
@@ -144,6 +145,7 @@ class SparseCheckpointManager:
         if self._config.fresh and restart_count() == 0 and not self._started:
             together(self._agreement, lambda: discard(self._path))
         self._started = True
+        injection.reached("start")
         self._set_down()
         path = None if self._config.dry_run else self._path
         wanted = {**self._identity}
@@ -248,6 +250,7 @@ class SparseCheckpointManager:
             for iteration in range(run.last, target):
                 started = time.perf_counter()
                 record = records[iteration]
+                injection.reached("catch_up", iteration)
                 self.begin_iteration(iteration)
                 replayed = self._state.replay(record, frozenset(), self.before_optimizer_step)
                 require_same_loss(replayed, record, group, self._surroundings.deterministic)
@@ -298,6 +301,7 @@ class SparseCheckpointManager:
         except MoevementError as error:
             self._slot_failed(step, str(error))
             return
+        injection.reached("capture", step)
         assert self._age is not None
         self._age.capture(step, spec.full)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch.distributed as dist
 
+from megatron.moevement import injection
 from megatron.moevement.agent.link import WorkerLink
 from megatron.moevement.errors import PeerLost, TranscriptInvalid
 from megatron.moevement.events import EventLog
@@ -122,9 +123,11 @@ class LocalizedTraining:
     def _recover(self, begin: Callable[[], None]) -> None:
         started = time.perf_counter()
         self._link.beat("joins", resting=True)
+        injection.reached("join")
         self._generations.join()
         self._transcription.log_from_now_on()
         joined = time.perf_counter()
+        injection.reached("agree")
         grid, offers = self._offers()
         decision = decide(grid, offers)
         self._events.emit(
@@ -143,6 +146,7 @@ class LocalizedTraining:
             self._local(decision, offers)
         else:
             self._together(decision, begin)
+        injection.reached("meet")
         self._agreement.barrier()
         self._events.emit("resumed", step=self._job.step, source=decision.source, seconds=time.perf_counter() - started)
 
@@ -208,7 +212,9 @@ class LocalizedTraining:
     def _stand_by(self, decision: Decision) -> None:
         job = self._job
         self._link.beat("waits in place", resting=True)
+        injection.reached("wait")
         if job.topology.rank in decision.roll_forward:
+            injection.reached("roll_forward", decision.target - 1)
             train_loop.apply_decided(job)
             job.reset_temporary_state()
         elif not self._state.rewind():
@@ -219,6 +225,7 @@ class LocalizedTraining:
         replays = [[(i, p) for i in range(p.run.first, decision.target)] for p in decision.segments]
         for turn in itertools.zip_longest(*replays):
             for iteration, plan in filter(None, turn):
+                injection.reached("serve", iteration)
                 self._transcription.serve(iteration, frozenset(plan.stages))
 
     def _replay(

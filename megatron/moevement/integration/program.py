@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron.moevement import injection
 from megatron.moevement.agent.link import WorkerLink
 from megatron.moevement.config import SparseCheckpointConfig
 from megatron.moevement.errors import ConfigError, JobEnded, StoreError
@@ -40,6 +42,12 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
     link = WorkerLink.from_environment()
     if link is not None and not sparse.enabled:
         raise ConfigError("--sparse-ckpt is missing: the agent needs it to recover; add it or use torchrun")
+    if sparse.inject is not None:
+        sparse.inject.check(config.world_size)
+    if link is not None:
+        # What is imported holds no process group yet; survivors of a failure need not look through it (`groups`).
+        gc.collect()
+        gc.freeze()
     topology = distributed.start(config, link)
     try:
         job = build_job(config, topology)
@@ -98,6 +106,7 @@ class DenseSaver:
             return False
         if self._saved_step == self._job.step:
             return True
+        injection.reached("dense_save", self._job.step)
         result: SaveResult = save_dense(self._job, directory)
         self._events.emit(
             "dense_save",
@@ -134,9 +143,15 @@ def _train_sparse(
     """Training with a slot in every iteration."""
     events = EventLog(sparse.log_directory, job.topology.rank)
     close_reports = _listen(job, sparse, events)
+    if sparse.inject is not None:
+        place = (job.topology.rank, job.topology.world_size, restart_count())
+        injection.arm(sparse.inject, sparse.job_directory, place, lambda text: events.emit("injected", fault=text))
     try:
-        return _train_with_manager(job, sparse, events, link)
+        history = _train_with_manager(job, sparse, events, link)
+        injection.disarm(forget=True)
+        return history
     finally:
+        injection.disarm()
         close_reports()
         events.close()
 
