@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron.moevement import injection
 from megatron.moevement.config import SparseCheckpointConfig
 from megatron.moevement.events import EventLog
 from megatron.moevement.operators.state import TrainingState
@@ -26,7 +27,7 @@ from megatron.moevement.recovery.start import (
 )
 from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.schedule.slots import SlotSchedule, schedule_of
-from megatron.moevement.slot_cycle import NO_SLOTS, SlotCycle, Tools, schedule_fields
+from megatron.moevement.slot_cycle import NO_SLOTS, Retention, SlotCycle, Tools, schedule_fields
 from megatron.moevement.slot_memory import SlotMemory, together
 from megatron.moevement.snapshot.bandwidth import measure_bandwidth
 from megatron.moevement.snapshot.copy_time import CopyTime
@@ -46,15 +47,6 @@ class Surroundings:
     identity: Mapping[str, Any]
     ranks_on_node: int
     deterministic: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Retention:
-    """The run that slots are of, the newest step that every rank can load, and slots of the longest run."""
-
-    run_id: str
-    loadable_everywhere: int
-    longest_run: int
 
 
 # What a rank says it can load while its slots' memory isn't pinned yet; slots are captured once all ranks' memory is.
@@ -139,6 +131,7 @@ class SparseCheckpointManager:
         if self._config.fresh and restart_count() == 0 and not self._started:
             together(self._agreement, lambda: discard(self._path))
         self._started = True
+        injection.reached("start")
         path = None if self._config.dry_run else self._path
         wanted = {**self._identity}
         if self._config.window is not None:
@@ -239,6 +232,7 @@ class SparseCheckpointManager:
             for iteration in range(run.last, target):
                 started = time.perf_counter()
                 record = records[iteration]
+                injection.reached("catch_up", iteration)
                 self.begin_iteration(iteration)
                 replayed = self._state.replay(record, frozenset(), self.before_optimizer_step)
                 require_same_loss(replayed, record, group, self._surroundings.deterministic)
@@ -282,6 +276,7 @@ class SparseCheckpointManager:
         if not self._alone:
             self._cycle.maybe_reorder(step)
         self._cycle.begin(step, self._record, self._loadable_everywhere)
+        injection.reached("capture", step)
 
     def before_optimizer_step(self) -> None:
         """The fence: returns when every copy of the slot has been read from the device."""

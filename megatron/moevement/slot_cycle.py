@@ -35,6 +35,15 @@ class Tools:
     events: EventLog
 
 
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """The run that slots are of, the newest step that every rank can load, and slots of the longest run."""
+
+    run_id: str
+    loadable_everywhere: int
+    longest_run: int
+
+
 # What `SlotCycle.status` says where no slots are taken.
 NO_SLOTS: Mapping[str, Any] = {
     **dict.fromkeys(("slot_bytes", "oldest_age_steps", "oldest_age_bound_steps", "window", "window_index"), 0),
