@@ -47,7 +47,7 @@ class RecoveryNarration:
             return [f"recovery: process {event['pid']} has taken over rank {event['rank']}"]
         if kind == "failure_noticed":
             where = f"in iteration {event['step'] + 1}" if not self.now else f"while {self.now}"
-            return [f"recovery: another rank is lost {where}; waiting for its replacement"]
+            return [f"recovery: another rank is lost {where}; a new process is to take over"]
         if kind == "decision":
             return _decision_lines(event)
         if kind == "recovery_phase":
