@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron.moevement.errors import ConfigError
+from megatron.moevement.injection import Plan, parse
 
 GIB = 1 << 30
 MIB = 1 << 20
 MAX_DIGEST_THREADS = 64
+MAX_CHUNK_MIB = 1024
+MAX_CHUNKS_IN_FLIGHT = 64
+MAX_NAME_BYTES = 255
 
 
 def _knob(default: Any, flag: str, text: str, **extra: Any) -> Any:
@@ -200,6 +204,14 @@ class SparseCheckpointConfig:
         "Progress display on rank 0: `live` table, `plain` lines, `off`; `auto` is live on a terminal, else plain.",
         choices=("auto", "live", "plain", "off"),
     )
+    inject: Plan | None = _knob(
+        None,
+        "--sparse-ckpt-inject",
+        "Faults on purpose, to see a recovery: `kill@rank=3,point=forward:2,iteration=7; random@seed=1,mtbf=30s` (see "
+        "`docs/faults.md`).",
+        type=parse,
+        metavar="PLAN",
+    )
     dry_run: bool = _knob(
         False,
         "--sparse-ckpt-dry-run",
@@ -214,16 +226,23 @@ class SparseCheckpointConfig:
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ConfigError(f"{flag_of(name)} {getattr(self, name)}: must be at least {low}")
+        for name, high in (("chunk_mib", MAX_CHUNK_MIB), ("chunks_in_flight", MAX_CHUNKS_IN_FLIGHT)):
+            if getattr(self, name) > high:
+                raise ConfigError(f"{flag_of(name)} {getattr(self, name)}: must be at most {high}")
         if not 0 <= self.digest_threads <= MAX_DIGEST_THREADS:
             raise ConfigError(f"{flag_of('digest_threads')} {self.digest_threads}: must be 0 to {MAX_DIGEST_THREADS}")
         for name in ("host_memory_gib", "transcript_memory_gib", "bandwidth_gib_per_second", "dense_interval"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{flag_of(name)} {getattr(self, name)}: must not be negative; 0 turns it off")
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{flag_of(name)} {getattr(self, name)}: must be 0, which turns it off, or above")
         for name in ("reorder_change", "reorder_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{flag_of(name)} {getattr(self, name)}: must be between 0 and 1")
-        if not self.name or "/" in self.name or self.name.startswith("."):
+        if not self.name.isprintable() or not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(f"--sparse-ckpt-name {self.name!r}: must be a file name without '/' or a leading dot")
+        if len(self.name.encode()) > MAX_NAME_BYTES:
+            raise ConfigError(
+                f"--sparse-ckpt-name of {len(self.name)} characters: must be at most {MAX_NAME_BYTES} bytes"
+            )
 
     def threads(self, ranks_on_node: int) -> int:
         """Threads that digest slots and fill their memory on this rank."""

@@ -196,6 +196,9 @@ def test_without_digests_a_flipped_bit_still_does_not_pass(lab: Lab, tmp_path: P
         (["--sparse-ckpt-window", "2"], "--sparse-ckpt-window"),
         (["--global-batch-size", "16"], "--global-batch-size"),
         (["--use-distributed-optimizer"], "--use-distributed-optimizer"),
+        (["--moe-aux-loss-coeff", "0.5"], "--moe-aux-loss-coeff: 0.01 then, 0.5 now"),
+        (["--clip-grad", "0.7"], "--clip-grad: 0.3 then, 0.7 now"),
+        (["--adam-beta2", "0.95"], "--adam-beta2: 0.999 then, 0.95 now"),
     ],
 )
 def test_slots_of_another_run_are_refused(
@@ -272,6 +275,14 @@ def test_an_unusable_directory_is_refused(lab: Lab, tmp_path: Path) -> None:
     assert "Traceback" not in outcome.output
 
 
+@pytest.mark.parametrize("flag", ["--save", "--tensorboard-dir"])
+def test_an_output_that_cannot_be_written_is_refused(lab: Lab, tmp_path: Path, shared_memory: Path, flag: str) -> None:
+    (tmp_path / "file").write_text("")
+    outcome = sparse_job(lab, tmp_path / "out", shared_memory, flag, str(tmp_path / "file" / "below")).run()
+    assert outcome.statuses == [2] and f"{flag} {tmp_path}/file/below" in outcome.output, outcome.output
+    assert "Traceback" not in outcome.output
+
+
 def test_total_loss_falls_back_to_the_dense_checkpoint(lab: Lab, tmp_path: Path, shared_memory: Path) -> None:
     save = tmp_path / "dense"
     job = sparse_job(lab, tmp_path, shared_memory, "--save", str(save), "--save-interval", "4")
@@ -282,6 +293,10 @@ def test_total_loss_falls_back_to_the_dense_checkpoint(lab: Lab, tmp_path: Path,
     assert first_iteration(outcome) == 4
     assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == "9"
     assert not (shared_memory / "job").exists(), "the last step is durable, the slots are removed"
+
+    again = sparse_job(lab, tmp_path / "again", shared_memory, "--save", str(save), "--exit-interval", "1").run()
+    assert again.ok and f"--save {save} holds a checkpoint of step 9, which is not used: add --load" in again.output
+    assert "holds a checkpoint" not in outcome.output
 
 
 def test_killed_in_a_dense_save(lab: Lab, tmp_path: Path, shared_memory: Path) -> None:
@@ -314,6 +329,6 @@ def test_the_plan_is_printed_and_nothing_else_happens(lab: Lab, tmp_path: Path, 
     flags = sparse_flags(shared_memory, "job", "auto", "fixed", "--sparse-ckpt-dry-run")
     outcome = lab.job(SCENARIO, tmp_path, flags).run()
     assert outcome.ok, outcome.output
-    for word in ("operators", "window", "slot data", "host memory", "a recovery", "measured"):
+    for word in ("operators", "window", "slot data", "host memory", "a recovery", "measured", "transcript"):
         assert word in outcome.output
     assert not any(shared_memory.iterdir())

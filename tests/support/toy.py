@@ -114,7 +114,7 @@ class ThreadAgreement(Agreement):
 
     def __init__(self, rank: int, barrier: threading.Barrier, values: list[Any]) -> None:
         self._rank, self._barrier, self._values = rank, barrier, values
-        self._minimum: int | None = None
+        self._minimum: tuple[int, ...] | None = None
 
     @property
     def rank(self) -> int:
@@ -138,11 +138,11 @@ class ThreadAgreement(Agreement):
         """See Agreement."""
         return tuple(max(column) for column in zip(*self.gather(values), strict=True))
 
-    def start_minimum(self, value: int) -> None:
+    def start_minimum(self, values: Sequence[int]) -> None:
         """See Agreement."""
-        self._minimum = min(self.gather(value))
+        self._minimum = tuple(min(column) for column in zip(*self.gather(values), strict=True))
 
-    def finish_minimum(self) -> int | None:
+    def finish_minimum(self) -> tuple[int, ...] | None:
         """See Agreement."""
         found, self._minimum = self._minimum, None
         return found

@@ -1,6 +1,7 @@
 """Tests of refusals: the table of unsupported flags, and combinations checked on a configuration."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +52,15 @@ CASES: list[tuple[str, dict[str, object]]] = [
     ("--bf16", {"fp16": True}),
     ("--bf16", {"bf16": False}),
     ("--loss-scale", {"loss_scale": 8.0}),
+    ("--initial-loss-scale", {"initial_loss_scale": 8.0}),
+    ("--loss-scale-window", {"loss_scale_window": 8}),
+    ("--hysteresis", {"hysteresis": 8}),
+    ("--moe-router-bias-update-rate", {"moe_router_bias_update_rate": 0.5}),
+    ("--moe-router-pre-softmax", {"moe_router_pre_softmax": True, "moe_router_score_function": "sigmoid"}),
+    ("--tokenizer-model", {"tokenizer_model": "gpt2"}),
+    ("--lr-wsd-decay-style", {"lr_wsd_decay_style": "cosine"}),
+    ("--ddp-bucket-size", {"ddp_bucket_size": 100}),
+    ("--split", {"split": "nan"}),
     ("--min-loss-scale", {"fp16": True, "bf16": False, "min_loss_scale": 4.0, "initial_loss_scale": 2.0}),
     ("--transformer-impl", {"transformer_impl": "transformer_engine"}),
     ("--context-parallel-size", {"context_parallel_size": 2}),
@@ -175,3 +185,13 @@ def test_a_combination_is_refused_by_its_flag(flag: str, changes: dict[str, obje
 )
 def test_a_combination_is_accepted(changes: dict[str, object]) -> None:
     argument_checks.check(dataclasses.replace(GOOD, **changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["save", "tensorboard_dir", "state_digest"])
+def test_an_output_folder_that_cannot_be_written_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    good = {name: str(tmp_path / "made" / "digest")}
+    argument_checks.check_outputs(dataclasses.replace(GOOD, **good))  # type: ignore[arg-type]
+    bad = {name: str(tmp_path / "file" / "below" / "digest")}
+    with pytest.raises(UsageError, match=f"{training_config.flag_name(name)} .*file/below.*: Not a directory: name a"):
+        argument_checks.check_outputs(dataclasses.replace(GOOD, **bad))  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch.distributed as dist
 
+from megatron.moevement import injection
 from megatron.moevement.agent.link import WorkerLink
 from megatron.moevement.errors import PeerLost, TranscriptInvalid
 from megatron.moevement.events import EventLog
@@ -129,9 +130,11 @@ class LocalizedTraining:
     def _recover(self, begin: Callable[[], None]) -> None:
         self._link.beat("joins", resting=True)
         self._phases.enter(phase_log.JOIN)
+        injection.reached("join")
         self._generations.join()
         self._transcription.log_from_now_on()
         self._phases.enter(phase_log.AGREE)
+        injection.reached("agree")
         grid, offers = self._offers()
         decision = decide(grid, offers)
         alone = decision.source in ("local", "none")
@@ -159,6 +162,7 @@ class LocalizedTraining:
     def _meet(self, decision: Decision, scope: Sequence[int]) -> None:
         """The barrier before training goes on; whoever displays something learns what the others did."""
         phases = self._phases
+        injection.reached("meet")
         stood = self._agreement.gather((phases.seconds, phases.replayed))
         longest: dict[str, float] = {}
         for seconds, _ in stood:
@@ -242,9 +246,11 @@ class LocalizedTraining:
     def _stand_by(self, decision: Decision) -> None:
         job = self._job
         self._link.beat("waits in place", resting=True)
+        injection.reached("wait")
         rank = job.topology.rank
         if rank in decision.roll_forward:
             self._phases.enter(phase_log.ROLL_FORWARD)
+            injection.reached("roll_forward", decision.target - 1)
             train_loop.apply_decided(job)
             job.reset_temporary_state()
         elif not self._state.rewind():
@@ -257,6 +263,7 @@ class LocalizedTraining:
         self._phases.enter(phase_log.SERVE if served else phase_log.MEET, sum(served))
         for turn in itertools.zip_longest(*replays):
             for iteration, plan in filter(None, turn):
+                injection.reached("serve", iteration)
                 self._transcription.serve(iteration, frozenset(plan.stages))
                 if rank in plan.feeders:
                     self._phases.advance(iteration)
@@ -290,6 +297,7 @@ class LocalizedTraining:
         self._phases.load(decision.target)
         begin()
         job.reset_temporary_state()
+        self._transcription.forget()
         job.history[:] = [outcome for outcome in job.history if outcome.iteration < job.step]
         self._clean = True
         self._phases.enter(phase_log.MEET)

@@ -6,12 +6,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron.moevement import injection
 from megatron.moevement.agent.link import WorkerLink
+from megatron.moevement.argument_checks import check_outputs
 from megatron.moevement.config import SparseCheckpointConfig
 from megatron.moevement.errors import ConfigError, JobEnded, StoreError
 from megatron.moevement.events import EventLog
 from megatron.moevement.integration import distributed, state_digest, train_loop, training_log
 from megatron.moevement.integration.attach import SparseHooks, build_manager, copy_engine, ranks_on_node
+from megatron.moevement.integration.boundary import boundary_of
 from megatron.moevement.integration.dense_checkpoint import SaveResult, find_dense, load_dense, save_dense
 from megatron.moevement.integration.job import TrainingJob, build_job
 from megatron.moevement.integration.localized import LocalizedTraining
@@ -23,6 +26,7 @@ from megatron.moevement.recovery.start import restart_count
 from megatron.moevement.report.progress import ProgressDisplay, ProgressSettings
 from megatron.moevement.report.tensorboard import TensorBoardScalars
 from megatron.moevement.training_config import TrainingConfig
+from megatron.moevement.transcript.plan import describe_transcript
 
 EXIT_PEER_LOST = 1
 EXIT_AGAIN = 75
@@ -40,6 +44,11 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
     link = WorkerLink.from_environment()
     if link is not None and not sparse.enabled:
         raise ConfigError("--sparse-ckpt is missing: the agent needs it to recover; add it or use torchrun")
+    if sparse.inject is not None:
+        sparse.inject.check(config.world_size)
+    if restart_count() == 0:
+        # After a restart a save that fails is reported, and never ends training.
+        check_outputs(config)
     topology = distributed.start(config, link)
     try:
         job = build_job(config, topology)
@@ -98,6 +107,7 @@ class DenseSaver:
             return False
         if self._saved_step == self._job.step:
             return True
+        injection.reached("dense_save", self._job.step)
         result: SaveResult = save_dense(self._job, directory)
         self._events.emit(
             "dense_save",
@@ -118,6 +128,8 @@ def _train(job: TrainingJob) -> list[train_loop.IterationOutcome]:
     found = _newest_dense(job, also_save=False)
     if found is not None:
         _load(job, *found)
+    else:
+        _name_unused_checkpoint(job)
     events = EventLog(None, job.topology.rank)
     if job.topology.rank == 0:
         events.listen(ProgressDisplay(ProgressSettings(job.config.train_iters, 1, 1, "plain")))
@@ -134,9 +146,15 @@ def _train_sparse(
     """Training with a slot in every iteration."""
     events = EventLog(sparse.log_directory, job.topology.rank)
     close_reports = _listen(job, sparse, events)
+    if sparse.inject is not None:
+        place = (job.topology.rank, job.topology.world_size, restart_count())
+        injection.arm(sparse.inject, sparse.job_directory, place, lambda text: events.emit("injected", fault=text))
     try:
-        return _train_with_manager(job, sparse, events, link)
+        history = _train_with_manager(job, sparse, events, link)
+        injection.disarm(forget=True)
+        return history
     finally:
+        injection.disarm()
         close_reports()
         events.close()
 
@@ -160,6 +178,8 @@ def _train_with_manager(
         start = manager.start(None if found is None else found[1])
         if start.source == "dense" and found is not None:
             _load(job, *found)
+        if start.source == "scratch":
+            _name_unused_checkpoint(job)
         if start.source == "slots" and sparse.dense_after_recovery:
             saver.save()
 
@@ -203,6 +223,17 @@ def _newest_dense(job: TrainingJob, also_save: bool) -> tuple[str, int] | None:
         return None
     step, directory = max(candidates)
     return directory, step
+
+
+def _name_unused_checkpoint(job: TrainingJob) -> None:
+    """Says that `--save` holds a checkpoint while training starts from scratch. Collective."""
+    save = job.config.save
+    step = None if save is None else find_dense(save).step
+    if step is not None and job.topology.rank == 0:
+        text = (
+            f"warning: --save {save} holds a checkpoint of step {step}, which is not used: add --load {save} to go on"
+        )
+        print(text, file=sys.stderr, flush=True)
 
 
 def _load(job: TrainingJob, directory: str, step: int) -> None:
@@ -265,6 +296,9 @@ def _print_plan(
         train_loop.train_iteration(job, hooks)
     if job.topology.rank == 0:
         print("sparse checkpointing plan (rank 0)")
-        for line in describe(manager.plan, state, sparse, job.topology.world_size):
+        lines = describe(manager.plan, state, sparse, job.topology.world_size)
+        limit, longest = sparse.transcript_memory_gib, manager.plan.longest_run
+        lines += describe_transcript(boundary_of(job), sparse.transcript, longest, limit)
+        for line in lines:
             print("  " + line, flush=True)
     manager.finish(durable=False)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron.moevement import injection
 from megatron.moevement.errors import RecoveryError
 from megatron.moevement.operators.state import TrainingState
 from megatron.moevement.recovery.sources import SlotReader
@@ -66,6 +67,7 @@ def convert(
     compared = different = 0
     for step in run.steps:
         part_started = time.perf_counter()
+        injection.reached("convert", step)
         spec = reader.manifest(step).spec
         known = active.intersection(spec.weights_only)
         differing = state.differing_weights(reader.operators(step, known))
@@ -113,6 +115,7 @@ def _require_equal(agreement: Agreement, deterministic: bool, what: str, differi
     if found and deterministic:
         rank, text = found[0]
         raise RecoveryError(
-            f"the replay is not exact: rank {rank}: {text} differs from what the failed run recorded; the slots are "
-            "kept for analysis, use --sparse-ckpt-fresh to go on from the dense checkpoint"
+            f"the replay is not exact: rank {rank}: {text} differs from what the failed run recorded; restore "
+            "--data-path and the training flags if they were changed; else the slots are kept for analysis, use "
+            "--sparse-ckpt-fresh to go on from the dense checkpoint"
         )

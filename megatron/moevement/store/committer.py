@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from megatron.moevement import injection
 from megatron.moevement.errors import SlotInvalid
 from megatron.moevement.store.format import Manifest, region_digests
 from megatron.moevement.store.host_store import HostStore, SlotLease
@@ -93,6 +94,7 @@ class Committer:
         if self._digests is not None:
             digests = region_digests(self._digests, slot.lease.data_address, slot.regions)
         seconds = time.perf_counter() - started
+        injection.reached("commit", slot.lease.step)
         try:
             self._store.commit(slot.lease, replace(slot.manifest, digests=digests), slot.data_bytes)
         except SlotInvalid as error:
