@@ -45,15 +45,15 @@ RANKS, WINDOW = 4, 4
 POLL_SECONDS = 0.02
 SILENCE_LIMIT_SECONDS = 180.0
 STOP_LIMIT_SECONDS = 10.0
-AGENT = f"-m megatron.moevement.agent --nproc-per-node {RANKS}"
+AGENT = f"-m megatron.moevement.agent --replacement fork --nproc-per-node {RANKS}"
 TORCHRUN = f"-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node {RANKS}"
 MARK = "MOEVEMENT_DEMO"
 MODEL = """
     --num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 128 --num-experts 8 --moe-router-topk 2
     --moe-aux-loss-coeff 0.01 --moe-token-dispatcher-type alltoall --pipeline-model-parallel-size 4
-    --untie-embeddings-and-output-weights --disable-bias-linear --bf16 --hidden-dropout 0.1 --attention-dropout 0.1 --clip-grad 1.0
-    --micro-batch-size 1 --global-batch-size 4 --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-iters 4
-    --use-cpu --tokenizer-type ByteLevelTokenizer --split 100,0,0
+    --untie-embeddings-and-output-weights --disable-bias-linear --bf16 --hidden-dropout 0.1 --attention-dropout 0.1
+    --clip-grad 1.0 --micro-batch-size 1 --global-batch-size 4 --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine
+    --lr-warmup-iters 4 --use-cpu --tokenizer-type ByteLevelTokenizer --split 100,0,0
 """
 
 
@@ -96,7 +96,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
 
 
 class Launch:
@@ -229,7 +229,7 @@ class Demo:
         return killer.done
 
     def report(self, screen: Screen, kills: Sequence[Kill]) -> tuple[Comparison, tuple[int, ...]]:
-        """Compares the runs, draws the plots and prints the tables; also the ranks that were replaced without a kill."""
+        """Compares the runs, draws plots, prints tables; returns also who was replaced without a kill."""
         from megatron.moevement.report.two_runs import report_two_runs
 
         found = report_two_runs(self.output / "undisturbed", self.output / "disturbed", kills, self.output)

@@ -7,6 +7,7 @@ from megatron.moevement.events import EventLog
 
 TRAIN, LEAVE, JOIN, AGREE, LOAD = "train", "leave", "join", "agree", "load"
 CONVERT, CATCH_UP, SERVE, ROLL_FORWARD, MEET = "convert", "catch_up", "serve", "roll_forward", "meet"
+ORDER = (LEAVE, JOIN, AGREE, LOAD, CONVERT, CATCH_UP, ROLL_FORWARD, SERVE, MEET)
 REPLAYING = frozenset({CONVERT, CATCH_UP})
 
 

@@ -1,9 +1,8 @@
 """A recovery in words, from the events of one rank."""
 
-from collections.abc import Iterable, Sequence
-
 from megatron.moevement.recovery import phase_log
 from megatron.moevement.report.read_events import Event
+from megatron.moevement.report.recoveries import listed
 
 RECOVERY_KINDS = frozenset(
     {
@@ -48,7 +47,7 @@ class RecoveryNarration:
             return [f"recovery: process {event['pid']} has taken over rank {event['rank']}"]
         if kind == "failure_noticed":
             where = f"in iteration {event['step'] + 1}" if not self.now else f"while {self.now}"
-            return [f"recovery: another rank is lost {where}; waiting for its replacement"]
+            return [f"recovery: another rank is lost {where}; a new process is to take over"]
         if kind == "decision":
             return _decision_lines(event)
         if kind == "recovery_phase":
@@ -92,7 +91,8 @@ class RecoveryNarration:
     def _resumed(self, event: Event) -> list[str]:
         self.now, self.progress = "", (0, 0)
         self.last = f"step {event['step']}, {event['replayed']} replays, {event['seconds']:.1f} s"
-        seconds = ", ".join(f"{phase} {value:.1f}" for phase, value in event["longest_phase_seconds"].items())
+        longest = event["longest_phase_seconds"]
+        seconds = ", ".join(f"{phase} {longest[phase]:.1f}" for phase in phase_log.ORDER if phase in longest)
         return [
             (
                 f"recovery: training goes on at step {event['step']} after {event['seconds']:.1f} s; "
@@ -104,7 +104,7 @@ class RecoveryNarration:
 
 def _decision_lines(event: Event) -> list[str]:
     target, source = event["target"], event["source"]
-    replaced = f"{_listed('rank', event['replaced'])} replaced" if event["replaced"] else "nobody replaced"
+    replaced = f"{listed('rank', event['replaced'])} replaced" if event["replaced"] else "nobody replaced"
     if source == "none":
         lines = [f"recovery: {replaced}; no stage has to roll back, training goes on at step {target}"]
     elif source == "local":
@@ -113,7 +113,7 @@ def _decision_lines(event: Event) -> list[str]:
     else:
         lines = [f"recovery: {replaced}; all stages roll back, to {_SOURCES[source]}"]
     if event["roll_forward"]:
-        lines.append(f"  {_listed('rank', event['roll_forward'])} first: update of iteration {target}")
+        lines.append(f"  {listed('rank', event['roll_forward'])} first: update of iteration {target}")
     return [*lines, *(f"  {reason}" for reason in event["reasons"])]
 
 
@@ -123,16 +123,11 @@ _SOURCES = {"global": "slots", "dense": "a dense checkpoint", "scratch": "the be
 def _segment_line(segment: Event, target: int) -> str:
     first, last = segment["run"]
     conversion, rest = last - first, target - last
-    served = f", served by {_listed('rank', segment['feeders'])}" if segment["feeders"] else ""
+    served = f", served by {listed('rank', segment['feeders'])}" if segment["feeders"] else ""
     return (
-        f"  {_listed('stage', segment['stages'])} alone: back to step {first}, {conversion} iterations to replay in "
+        f"  {listed('stage', segment['stages'])} alone: back to step {first}, {conversion} iterations to replay in "
         f"the conversion and {rest} to catch up{served}"
     )
-
-
-def _listed(what: str, numbers: Sequence[int] | Iterable[int]) -> str:
-    words = [str(number) for number in numbers]
-    return f"{what}{'s' if len(words) > 1 else ''} {', '.join(words)}"
 
 
 def _slot_line(event: Event, first: int, last: int) -> str:

@@ -129,8 +129,7 @@ def _draw_replays(axes: Axes, data: LossPlot) -> None:
             _cell(axes, number + 1, row, YELLOW)
         for number in recovery.replayed(CONVERT):
             _cell(axes, number + 1, row, ORANGE, "////")
-        scope = "all stages" if recovery.source != "local" else f"stage {', '.join(map(str, recovery.scope))}"
-        labels.append(f"recovery {row}\n{scope} alone" if recovery.source == "local" else f"recovery {row}\n{scope}")
+        labels.append(f"recovery {row}\n{recovery.who}" + " alone" * (recovery.source == "local"))
         own = [kill for kill in data.kills if kill.recovery == row - 1]
         place = max((kill.finished for kill in own), default=0) + 0.5
         axes.plot(place, row, marker="X", color=RED, markersize=8, markeredgecolor="white", zorder=5)

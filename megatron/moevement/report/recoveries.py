@@ -1,7 +1,7 @@
 """The localized recoveries of a run, from the events of all its ranks: who did what when, and what was replayed."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron.moevement.recovery import phase_log
@@ -39,8 +39,8 @@ class LocalRecovery:
         started: the first kill, or the first notice where no kill is known.
         ended: when the last rank trained again.
         target: Step at which training went on.
-        scope: stages that rolled back in the end.
-        source: "local", or what all rolled back to.
+        scope: stages that rolled back, those of interrupted attempts included.
+        source: "local", or what all rolled back to in the end.
         decisions: the `decision` events of one rank, one an attempt.
         kills: that began or interrupted it, in order.
         spans: what each rank did.
@@ -55,9 +55,20 @@ class LocalRecovery:
     kills: tuple[Kill, ...]
     spans: tuple[PhaseSpan, ...]
 
+    @property
+    def who(self) -> str:
+        """Who rolled back, for people."""
+        return "all stages" if self.source != "local" else listed("stage", self.scope)
+
     def replayed(self, *phases: str) -> tuple[int, ...]:
         """Iterations that some rank replayed in these phases."""
         return tuple(sorted({i for span in self.spans if span.phase in phases for i in span.iterations}))
+
+
+def listed(what: str, numbers: Iterable[int]) -> str:
+    """`stage 1`, or `stages 1, 2`."""
+    words = [str(number) for number in numbers]
+    return f"{what}{'s' if len(words) > 1 else ''} {', '.join(words)}"
 
 
 def local_recoveries(events: Sequence[Event], kills: Sequence[Kill]) -> list[LocalRecovery]:
@@ -96,7 +107,7 @@ def stages(events: Sequence[Event]) -> dict[int, int]:
 def _recovery(events: Sequence[Event], after: float, end: float, kills: Sequence[Kill]) -> LocalRecovery:
     own = tuple(kill for kill in kills if after < kill.time <= end)
     resumed = next(e for e in reversed(events) if e["kind"] == "resumed")
-    noticed = [float(e["time"]) for e in events if e["kind"] in ("failure_noticed", "recovery_phase")]
+    noticed = [float(e["time"]) for e in events if e["kind"] == "recovery_phase" and e["phase"] != phase_log.TRAIN]
     decisions: dict[int, Event] = {}
     for event in events:
         if event["kind"] == "decision":
@@ -109,7 +120,7 @@ def _recovery(events: Sequence[Event], after: float, end: float, kills: Sequence
         started=min([*(kill.time for kill in own), *noticed]),
         ended=end,
         target=int(resumed["step"]),
-        scope=tuple(resumed["scope"]),
+        scope=tuple(sorted({stage for decision in decisions.values() for stage in decision["scope"]})),
         source=resumed["source"],
         decisions=tuple(decisions.values()),
         kills=own,

@@ -22,7 +22,7 @@ from megatron.moevement.report.plots import (
     STYLE,
     YELLOW,
 )
-from megatron.moevement.report.recoveries import DEAD, LocalRecovery, PhaseSpan
+from megatron.moevement.report.recoveries import DEAD, LocalRecovery, PhaseSpan, listed
 
 # What is alike for who looks on has one colour.
 _WAITS, _AGREES = "#dfe4ea", "#8c959f"
@@ -41,8 +41,8 @@ COLOURS: Mapping[str, str] = {
 _HATCHES: Mapping[str, str] = {DEAD: "xxxx", phase_log.CONVERT: "////"}
 # Training on either side of a recovery that is shown, as a share of the recovery.
 _MARGIN_SHARE = 0.06
-# A narrower bar has no room for its text; as a share of the axis.
-_TEXT_SHARE = 0.035
+# What a letter needs, and the edges of a text, as shares of the recovery.
+_LETTER_SHARE, _EDGE_SHARE = 0.007, 0.012
 
 
 def plot_recoveries(found: Sequence[LocalRecovery], stages: Mapping[int, int], path: Path) -> None:
@@ -102,7 +102,7 @@ def _bar(axes: Axes, row: int, span: PhaseSpan, origin: float, length: float) ->
         linewidth=0.4,
     )
     text = _text(span)
-    if text and width > _TEXT_SHARE * length:
+    if text and width > (_LETTER_SHARE * len(text) + _EDGE_SHARE) * length:
         dark = span.phase in (phase_log.LOAD, phase_log.SERVE, phase_log.ROLL_FORWARD)
         axes.text(
             left + width / 2,
@@ -119,16 +119,15 @@ def _bar(axes: Axes, row: int, span: PhaseSpan, origin: float, length: float) ->
 
 def _text(span: PhaseSpan) -> str:
     if span.iterations:
-        return ", ".join(str(number + 1) for number in span.iterations)
+        first, last = span.iterations[0] + 1, span.iterations[-1] + 1
+        return f"{first} to {last}" if last > first else f"{first}"
     return {DEAD: "no process", phase_log.MEET: "waits", phase_log.JOIN: "waits"}.get(span.phase, "")
 
 
 def _title(number: int, recovery: LocalRecovery) -> str:
-    plural = "s" if len(recovery.scope) > 1 else ""
-    who = f"stage{plural} {', '.join(map(str, recovery.scope))}" if recovery.source == "local" else "all stages"
-    killed = ", ".join(f"rank {kill.rank}" for kill in recovery.kills)
+    killed = listed("rank", [kill.rank for kill in recovery.kills]) if recovery.kills else "nobody known"
     return (
-        f"recovery {number}: killed {killed or 'nobody known'}; {who} rolled back; training went on with iteration "
+        f"recovery {number}: {killed} killed; {recovery.who} rolled back; training went on with iteration "
         f"{recovery.target + 1} after {recovery.ended - recovery.started:.1f} s"
     )
 

@@ -11,7 +11,7 @@ from rich.text import Text
 from megatron.moevement.recovery.phase_log import REPLAYING
 from megatron.moevement.report.compare import Comparison
 from megatron.moevement.report.read_events import Event
-from megatron.moevement.report.recoveries import Kill, LocalRecovery
+from megatron.moevement.report.recoveries import Kill, LocalRecovery, listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,8 @@ def _decided(base: Outcome, kill: Kill, noticed: float | None, decision: Event, 
 
 def recovery_table(found: Sequence[Outcome]) -> Table:
     """The kills as a table for a terminal."""
-    table = Table(box=box.SIMPLE_HEAD, title="kills", title_justify="left", title_style="bold")
+    # Narrow enough for 80 columns.
+    table = Table(box=box.SIMPLE_HEAD, title="kills", title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
     for name in ("killed", "in", "rolls back"):
         table.add_column(name, no_wrap=True)
     for name in ("replayed", "detect", "join", "replay", "back in"):
@@ -120,7 +121,7 @@ def _scope_text(item: Outcome) -> str:
         return "-"
     if item.source != "local":
         return f"all, {item.source}"
-    return f"stage{'s' if len(item.scope) > 1 else ''} {', '.join(map(str, item.scope))}"
+    return listed("stage", item.scope)
 
 
 def replaced_wrongly(pids: Mapping[int, Sequence[int]], kills: Sequence[Kill]) -> tuple[int, ...]:
