@@ -32,28 +32,28 @@ FLAG = "--sparse-ckpt-inject"
 KINDS = ("kill", "stop", "exception", "oom", "hang")
 # On other threads than the main one only a signal does to the process what the plan says.
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
-# By point: whether it belongs to an iteration. The order is that of a run, then that of a recovery.
-POINTS = {
-    "start": False,
-    "begin": True,
-    "capture": True,
-    "forward": True,
-    "backward": True,
-    "before_optimizer": True,
-    "optimizer": True,
-    "updated": True,
-    "after_optimizer": True,
-    "commit": True,
-    "dense_save": True,
-    "join": False,
-    "agree": False,
-    "convert": True,
-    "catch_up": True,
-    "serve": True,
-    "wait": False,
-    "roll_forward": True,
-    "meet": False,
-}
+# In the order of a run, then in that of a recovery.
+POINTS = (
+    "start",
+    "begin",
+    "capture",
+    "forward",
+    "backward",
+    "before_optimizer",
+    "optimizer",
+    "updated",
+    "after_optimizer",
+    "commit",
+    "dense_save",
+    "join",
+    "agree",
+    "convert",
+    "catch_up",
+    "serve",
+    "wait",
+    "roll_forward",
+    "meet",
+)
 _MICRO_BATCHED = ("forward", "backward")
 _OFF_MAIN_THREAD = ("commit",)
 _IMPOSSIBLE_BYTES = 1 << 60
@@ -191,8 +191,6 @@ def _fault(part: str, kind: str, given: Mapping[str, str]) -> Fault:
         _refuse(part, f"only {' and '.join(_MICRO_BATCHED)} have micro-batches")
     if point in _OFF_MAIN_THREAD and kind not in _SIGNALS:
         _refuse(part, f"{point} is on a thread of its own: use {' or '.join(_SIGNALS)}")
-    if "iteration" in given and not POINTS[point]:
-        _refuse(part, f"{point} belongs to no iteration: use occurrence=")
     return Fault(
         kind,
         frozenset(_number(part, "rank", rank, 0) for rank in given["rank"].split("+")),
@@ -282,8 +280,10 @@ class Injector:
         """Strikes if a fault is due here."""
         micro_batch = None
         if point in _MICRO_BATCHED:
-            iteration, micro_batch = self.iteration, self._parts[point, part]
+            micro_batch = self._parts[point, part]
             self._parts[point, part] += 1
+        if iteration is None and self.iteration >= 0:
+            iteration = self.iteration
         if self._pending and point not in _OFF_MAIN_THREAD:
             kind, self._pending = self._pending, ""
             self.strike(kind, f"{kind} at random, at {point}")
@@ -361,7 +361,7 @@ def reached(point: str, iteration: int | None = None, part: Any = None) -> None:
 
     Args:
         point: of `POINTS`.
-        iteration: that the point belongs to; that of `begin` for passes.
+        iteration: that the point belongs to; None is the one that this process began last.
         part: model chunk, for passes: micro-batches are counted for each.
     """
     if _armed is not None:

@@ -43,7 +43,6 @@ def test_a_plan_is_understood() -> None:
         ("kill@rank=1,point=begin,rank=2", "rank is given twice"),
         ("kill@rank=1,point=begin,color=red", "'color' is none of rank"),
         ("kill@rank=1,point", "'point' is not key=value"),
-        ("kill@rank=1,point=join,iteration=3", "join belongs to no iteration"),
         ("kill@rank=1,point=begin,occurrence=0", "occurrence=0: give a whole number from 1 on"),
         ("hang@rank=1,point=commit", "on a thread of its own"),
         ("random@mtbf=3s", "seed= is missing"),
@@ -74,6 +73,15 @@ def test_a_fault_strikes_its_rank_at_its_place_only(tmp_path: Path) -> None:
     other, spared = injector("kill@rank=2,point=begin,iteration=5", tmp_path / "other", 1)
     other.reached("begin", 5, None)
     assert not spared
+
+
+def test_a_recovery_belongs_to_the_iteration_that_it_ends(tmp_path: Path) -> None:
+    there, struck = injector("kill@rank=0,point=join,iteration=5", tmp_path)
+    there.reached("join", None, None)
+    for iteration in (4, 5):
+        there.begin(iteration)
+        there.reached("join", None, None)
+    assert struck == ["kill at join of iteration 5"]
 
 
 def test_micro_batches_are_counted_for_each_chunk(tmp_path: Path) -> None:

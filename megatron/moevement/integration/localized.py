@@ -124,6 +124,9 @@ class LocalizedTraining:
 
     def _agree_to_update(self) -> None:
         self._link.beat("update", self._job.step)
+        # A collective that NCCL aborted returns without an error, and with any values: they must not count as decided.
+        self._link.check()
+        self._settled = self._job.step
         self._agreement.barrier()
 
     # ------------------------------------------------------------------------------------------------ recovery
@@ -187,6 +190,8 @@ class LocalizedTraining:
         """Where all ranks stand, and what each can give."""
         job = self._job
         step = job.step if self._clean else None
+        if job.decided is not None and self._settled != job.step:
+            job.decided = None
         position = Position.FINAL if self._clean and job.decided is not None else Position.RUNNING
         pipelines = dist.get_process_group_ranks(job.topology.groups.pp)
         standings = self._agreement.gather((job.topology.pipeline_rank, pipelines, step, self._replaced))
