@@ -4,13 +4,17 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from megatron.moevement.report.recoveries import Kill
 from scripts import demo
 from scripts.demo_kills import Killer, PlannedKill, plan_kills
 from tests.unit.report.synthetic import event, iteration, phase
+from tests.unit.report.test_recoveries import KILLS
+from tests.unit.report.test_two_runs import write_events, write_run
 
 
 def _plan(kills: int, seed: int) -> list[PlannedKill]:
@@ -118,6 +122,26 @@ def test_bad_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
         demo.main(["--iters", "3"])
     assert stopped.value.code == 2
     assert "--iters must be at least 8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("state", "kills", "status"), [("00", KILLS, 0), ("01", KILLS, 1), ("00", KILLS[:1], 1), ("00", (), 1)]
+)
+def test_the_status_tells_of_a_different_bit_and_of_a_process_too_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, kills: Sequence[Kill], status: int
+) -> None:
+    def undisturbed(self: demo.Demo, _screen: demo.Screen) -> None:
+        write_run(self.output / "undisturbed", 0, "00")
+
+    def disturbed(self: demo.Demo, _screen: demo.Screen) -> Sequence[Kill]:
+        write_run(self.output / "disturbed", 5, state)
+        write_events(self.output / "disturbed")
+        return kills
+
+    monkeypatch.setattr(demo.Demo, "prepare", lambda _self, _screen: None)
+    monkeypatch.setattr(demo.Demo, "undisturbed", undisturbed)
+    monkeypatch.setattr(demo.Demo, "disturbed", disturbed)
+    assert demo.main(["--output", str(tmp_path), "--kills", str(len(kills))]) == status
 
 
 def test_help_needs_no_torch() -> None:
