@@ -77,6 +77,7 @@ def test_troubles_are_told() -> None:
     display(event("transcript_failed", 1.0, iteration=7, reason="a copy failed"))
     display(event("window_given_up", 1.0, step=2, reason="no free slot"))
     display(event("reorder", 1.0, step=8, refused=True))
+    display(event("injected", 1.0, fault="rank 1: SIGKILL"))
     display(event("a kind of another version", 1.0))
     assert stream.getvalue().splitlines() == [
         "slot of step 3 failed, training goes on: no free slot",
@@ -85,6 +86,7 @@ def test_troubles_are_told() -> None:
         "no boundary transcript of iteration 7: a copy failed",
         "slot of step 2 given up: no free slot",
         "order of experts changed at step 8, refused: the new order's slots would not fit",
+        "fault injected: rank 1: SIGKILL",
     ]
 
 
