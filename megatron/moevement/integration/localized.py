@@ -22,8 +22,9 @@ from megatron.moevement.integration.operator_state import OperatorState
 from megatron.moevement.integration.optimizer_setup import inner_optimizers
 from megatron.moevement.integration.transcription import Transcription
 from megatron.moevement.manager import SparseCheckpointManager
-from megatron.moevement.recovery import phase_log
 from megatron.moevement.recovery.decide import Decision, Offer, Position, SegmentPlan, decide
+from megatron.moevement.recovery.phase_log import PhaseLog
+from megatron.moevement.recovery.phases import Phase
 from megatron.moevement.recovery.scope import Grid, closure
 from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.types import IterationRecord
@@ -54,7 +55,7 @@ class LocalizedTraining:
     ) -> None:
         self._job, self._state, self._manager, self._sparse = job, state, manager, hooks
         self._transcription, self._link, self._events = transcription, link, events
-        self._phases = phase_log.PhaseLog(events)
+        self._phases = PhaseLog(events)
         self._agreement = Agreement(job.topology.control)
         users = (self._agreement, state, manager, hooks, transcription)
         self._generations = Generations(job, link, users)
@@ -91,7 +92,7 @@ class LocalizedTraining:
                     raise
                 self._events.emit("failure_noticed", step=self._job.step, reason=str(error).split("\n")[0][:200])
             first = False
-            self._phases.enter(phase_log.LEAVE)
+            self._phases.enter(Phase.LEAVE)
             self._generations.leave()
 
     def _begin(self, begin: Callable[[], None]) -> None:
@@ -132,11 +133,11 @@ class LocalizedTraining:
 
     def _recover(self, begin: Callable[[], None]) -> None:
         self._link.beat("joins", resting=True)
-        self._phases.enter(phase_log.JOIN)
+        self._phases.enter(Phase.JOIN)
         injection.reached("join")
         self._generations.join()
         self._transcription.log_from_now_on()
-        self._phases.enter(phase_log.AGREE)
+        self._phases.enter(Phase.AGREE)
         injection.reached("agree")
         grid, offers = self._offers()
         decision = decide(grid, offers)
@@ -169,7 +170,7 @@ class LocalizedTraining:
         stood = self._agreement.gather((phases.seconds, phases.replayed))
         longest: dict[str, float] = {}
         for seconds, _ in stood:
-            for phase in seconds.keys() - {phase_log.MEET}:
+            for phase in seconds.keys() - {Phase.MEET}:
                 longest[phase] = max(longest.get(phase, 0.0), seconds[phase])
         self._events.emit(
             "resumed",
@@ -182,7 +183,7 @@ class LocalizedTraining:
             phase_seconds=phases.seconds,
             longest_phase_seconds=longest,
         )
-        phases.enter(phase_log.TRAIN)
+        phases.enter(Phase.TRAIN)
         self._replaced.clear()
 
     def _offers(self) -> tuple[Grid, Sequence[Offer]]:
@@ -238,7 +239,7 @@ class LocalizedTraining:
                 break
         else:
             self._stand_by(decision)
-        self._phases.enter(phase_log.MEET)
+        self._phases.enter(Phase.MEET)
         last = self._job.history[-1] if self._job.history else None
         record = records.get(decision.target - 1)
         if record is None and last is not None and last.iteration == decision.target - 1:
@@ -254,7 +255,7 @@ class LocalizedTraining:
         injection.reached("wait")
         rank = job.topology.rank
         if rank in decision.roll_forward:
-            self._phases.enter(phase_log.ROLL_FORWARD)
+            self._phases.enter(Phase.ROLL_FORWARD)
             injection.reached("roll_forward", decision.target - 1)
             train_loop.apply_decided(job)
             job.reset_temporary_state()
@@ -265,7 +266,7 @@ class LocalizedTraining:
                 chunk.start_param_sync(force_sync=True)
         replays = [[(i, p) for i in range(p.run.first, decision.target)] for p in decision.segments]
         served = [len(turns) for turns, plan in zip(replays, decision.segments, strict=True) if rank in plan.feeders]
-        self._phases.enter(phase_log.SERVE if served else phase_log.MEET, sum(served))
+        self._phases.enter(Phase.SERVE if served else Phase.MEET, sum(served))
         for turn in itertools.zip_longest(*replays):
             for iteration, plan in filter(None, turn):
                 injection.reached("serve", iteration)
@@ -305,7 +306,7 @@ class LocalizedTraining:
         self._transcription.forget()
         job.history[:] = [outcome for outcome in job.history if outcome.iteration < job.step]
         self._clean = True
-        self._phases.enter(phase_log.MEET)
+        self._phases.enter(Phase.MEET)
 
 
 def _stages(decision: Decision) -> list[int]:
