@@ -83,7 +83,7 @@ def texts(files: Iterable[Path], json_key: str, limit_bytes: float) -> Iterator[
     """The documents, until `limit_bytes` bytes of UTF-8 were given; the last one is cut there.
 
     Raises:
-        BadInput: for a line that is not JSON or has no text.
+        BadInput: for a file that is not UTF-8, and for a line that is not JSON or has no text.
     """
     left = limit_bytes
     for path in files:
@@ -98,21 +98,26 @@ def texts(files: Iterable[Path], json_key: str, limit_bytes: float) -> Iterator[
 
 def _documents(path: Path, json_key: str) -> Iterator[str]:
     try:
-        content = path.read_text(encoding="utf-8", errors="replace")
+        content = path.read_text(encoding="utf-8")
     except OSError as error:
         raise BadInput(f"--input {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"--input {path} is not UTF-8 at byte {error.start}: convert it or leave it out") from error
     if path.suffix != ".jsonl":
         yield content
         return
-    for number, line in enumerate(content.splitlines(), start=1):
+    # Not splitlines: JSON text may hold other line separators, such as U+2028.
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             text = json.loads(line)[json_key]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
             raise BadInput(f"--input {path}:{number} is not a JSON object with the key {json_key!r}") from error
         if not isinstance(text, str):
             raise BadInput(f"--input {path}:{number} has no text under the key {json_key!r}")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise BadInput(f"--input {path}:{number} holds half of a surrogate pair: mend or leave out the line")
         yield text
 
 
@@ -132,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the script; the exit status is 0, or 2 after a one-line error."""
     args = build_parser().parse_args(argv)
     limit = float("inf") if args.max_megabytes is None else args.max_megabytes * MEGABYTE
-    if limit <= 0:
+    if not limit > 0:
         refuse(PROGRAM, "--max-megabytes must be above 0: raise it")
     from megatron.moevement.integration.quiet import quiet_core_warnings
 

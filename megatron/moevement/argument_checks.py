@@ -6,10 +6,11 @@ that cannot work. Both raise `UsageError`, one line that names the flag and the 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
 from megatron.moevement.errors import ConfigError
-from megatron.moevement.training_config import TrainingConfig
+from megatron.moevement.training_config import TrainingConfig, flag_name
 
 
 class UsageError(ConfigError):
@@ -106,12 +107,19 @@ def _precision(c: TrainingConfig) -> Iterator[UsageError]:
     if c.bf16 == c.fp16:
         found = "and --fp16 were both given" if c.bf16 else "or --fp16 is required"
         yield UsageError("--bf16", found, "give exactly one of them")
-    if not c.fp16 and c.loss_scale is not None:
-        yield UsageError("--loss-scale", "has no effect under --bf16", "remove it or use --fp16")
+    scaling = ("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
+    for name in scaling if not c.fp16 else ():
+        if _given(c, name):
+            yield UsageError(flag_name(name), "has no effect under --bf16", "remove it or use --fp16")
     if c.min_loss_scale > c.initial_loss_scale:
         yield UsageError("--min-loss-scale", "is above --initial-loss-scale", "lower it")
     if c.transformer_impl != "local":
         yield UsageError("--transformer-impl", f"{c.transformer_impl} is not supported", "use local")
+
+
+def _given(c: TrainingConfig, name: str) -> bool:
+    """Whether the flag of `name` changes anything: its value isn't the default."""
+    return bool(getattr(c, name) != next(f.default for f in dataclasses.fields(c) if f.name == name))
 
 
 def _layout(c: TrainingConfig) -> Iterator[UsageError]:
@@ -218,6 +226,14 @@ def _experts(c: TrainingConfig) -> Iterator[UsageError]:
         yield UsageError(
             "--moe-router-enable-expert-bias", "needs sigmoid scores", "add --moe-router-score-function sigmoid"
         )
+    if _given(c, "moe_router_bias_update_rate") and not c.moe_router_enable_expert_bias:
+        yield UsageError(
+            "--moe-router-bias-update-rate",
+            "has no effect without --moe-router-enable-expert-bias",
+            "remove it or add that",
+        )
+    if c.moe_router_pre_softmax and c.moe_router_score_function != "softmax":
+        yield UsageError("--moe-router-pre-softmax", "has no effect on sigmoid scores", "remove it")
     if c.moe_router_load_balancing_type == "none" and c.moe_aux_loss_coeff > 0:
         yield UsageError(
             "--moe-aux-loss-coeff", "has no effect with --moe-router-load-balancing-type none", "remove one of them"
@@ -246,11 +262,14 @@ def _batches(c: TrainingConfig) -> Iterator[UsageError]:
         yield UsageError("--vocab-size", "is required with --tokenizer-type NullTokenizer", "add it")
     if c.tokenizer_type == "HuggingFaceTokenizer" and c.tokenizer_model is None:
         yield UsageError("--tokenizer-model", "is required with --tokenizer-type HuggingFaceTokenizer", "add it")
+    if c.tokenizer_type != "HuggingFaceTokenizer" and c.tokenizer_model is not None:
+        yield UsageError("--tokenizer-model", f"has no effect with --tokenizer-type {c.tokenizer_type}", "remove it")
     try:
         shares = [float(part) for part in c.split.split(",")]
     except ValueError:
         shares = []
-    if not 1 <= len(shares) <= 3 or min(shares) < 0 or shares[0] <= 0:
+    usable = 1 <= len(shares) <= 3 and all(0 <= share < float("inf") for share in shares)
+    if not usable or not shares[0]:
         yield UsageError("--split", f"{c.split!r} leaves no training documents", "use for instance 98,1,1")
 
 
@@ -269,6 +288,8 @@ def _schedule(c: TrainingConfig) -> Iterator[UsageError]:
             yield UsageError("--lr-wsd-decay-iters", f"and warm-up exceed {decay} iterations", "lower one of them")
     elif c.lr_wsd_decay_iters is not None:
         yield UsageError("--lr-wsd-decay-iters", "needs --lr-decay-style WSD", "remove it or change the style")
+    if c.lr_decay_style != "WSD" and _given(c, "lr_wsd_decay_style"):
+        yield UsageError("--lr-wsd-decay-style", "needs --lr-decay-style WSD", "remove it or change the style")
     for name, beta in (("--adam-beta1", c.adam_beta1), ("--adam-beta2", c.adam_beta2)):
         if beta >= 1.0:
             yield UsageError(name, "must be below 1", "lower it")
@@ -279,6 +300,8 @@ def _overlap_and_memory(c: TrainingConfig) -> Iterator[UsageError]:
         yield UsageError("--overlap-param-gather", "needs the distributed optimizer", "add --use-distributed-optimizer")
     if c.overlap_param_gather and not c.overlap_grad_reduce:
         yield UsageError("--overlap-param-gather", "needs overlapped gradients", "add --overlap-grad-reduce")
+    if c.ddp_bucket_size is not None and not c.overlap_grad_reduce:
+        yield UsageError("--ddp-bucket-size", "has no effect without --overlap-grad-reduce", "remove it or add that")
     granularity, method, layers = c.recompute_granularity, c.recompute_method, c.recompute_num_layers
     if granularity == "full" and method is None:
         yield UsageError("--recompute-granularity", "full needs a method", "add --recompute-method uniform")

@@ -15,6 +15,9 @@ from megatron.moevement.errors import ConfigError
 GIB = 1 << 30
 MIB = 1 << 20
 MAX_DIGEST_THREADS = 64
+MAX_CHUNK_MIB = 1024
+MAX_CHUNKS_IN_FLIGHT = 64
+MAX_NAME_BYTES = 255
 
 
 def _knob(default: Any, flag: str, text: str, **extra: Any) -> Any:
@@ -214,16 +217,23 @@ class SparseCheckpointConfig:
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ConfigError(f"{flag_of(name)} {getattr(self, name)}: must be at least {low}")
+        for name, high in (("chunk_mib", MAX_CHUNK_MIB), ("chunks_in_flight", MAX_CHUNKS_IN_FLIGHT)):
+            if getattr(self, name) > high:
+                raise ConfigError(f"{flag_of(name)} {getattr(self, name)}: must be at most {high}")
         if not 0 <= self.digest_threads <= MAX_DIGEST_THREADS:
             raise ConfigError(f"{flag_of('digest_threads')} {self.digest_threads}: must be 0 to {MAX_DIGEST_THREADS}")
         for name in ("host_memory_gib", "transcript_memory_gib", "bandwidth_gib_per_second", "dense_interval"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{flag_of(name)} {getattr(self, name)}: must not be negative; 0 turns it off")
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{flag_of(name)} {getattr(self, name)}: must be 0, which turns it off, or above")
         for name in ("reorder_change", "reorder_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{flag_of(name)} {getattr(self, name)}: must be between 0 and 1")
-        if not self.name or "/" in self.name or self.name.startswith("."):
+        if not self.name.isprintable() or not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(f"--sparse-ckpt-name {self.name!r}: must be a file name without '/' or a leading dot")
+        if len(self.name.encode()) > MAX_NAME_BYTES:
+            raise ConfigError(
+                f"--sparse-ckpt-name of {len(self.name)} characters: must be at most {MAX_NAME_BYTES} bytes"
+            )
 
     def threads(self, ranks_on_node: int) -> int:
         """Threads that digest slots and fill their memory on this rank."""

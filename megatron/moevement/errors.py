@@ -13,6 +13,10 @@ class UnsupportedError(ConfigError):
     """A layer type, optimizer or parallel mode that sparse checkpointing doesn't support; refused at start."""
 
 
+class DataError(MoevementError):
+    """Training data that can't be used, found by the rank that reads it."""
+
+
 class StoreError(MoevementError):
     """Host memory for slots that can't be created, opened or used; the message names the file."""
 

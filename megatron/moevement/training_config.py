@@ -28,8 +28,8 @@ class FlagSpec:
     many: bool
 
 
-def whole_number(minimum: int) -> Callable[[str], int]:
-    """A parser of integers not below `minimum`."""
+def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    """A parser of integers not below `minimum` and not above `maximum`."""
 
     def parse(text: str) -> int:
         try:
@@ -38,6 +38,8 @@ def whole_number(minimum: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if value < minimum:
             raise argparse.ArgumentTypeError(f"{value} is below the minimum of {minimum}")
+        if maximum is not None and value > maximum:
+            raise argparse.ArgumentTypeError(f"{value} is above the maximum of {maximum}")
         return value
 
     return parse
@@ -62,6 +64,8 @@ def real_number(minimum: float = 0.0, maximum: float = float("inf"), above: bool
 
 count = whole_number(1)
 size = whole_number(0)
+# numpy's generators take 32 bits; stages and ranks add to the seed.
+seed_number = whole_number(0, 2**31 - 1)
 fraction = real_number(0.0, 1.0)
 
 
@@ -222,7 +226,7 @@ class TrainingConfig:
     )
 
     # Processes.
-    seed: int = flag(size, "seed of weights, dropout and data order", 1234)
+    seed: int = flag(seed_number, "seed of weights, dropout and data order", 1234)
     distributed_backend: str | None = flag(
         str, "collectives; default nccl, with --use-cpu gloo", None, choices=("nccl", "gloo")
     )

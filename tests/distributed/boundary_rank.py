@@ -20,6 +20,7 @@ import xxhash
 
 from megatron.moevement import arguments
 from megatron.moevement.errors import MoevementError
+from megatron.moevement.events import EventLog
 from megatron.moevement.integration import distributed, state_digest
 from megatron.moevement.integration.boundary import (
     boundary_of,
@@ -54,12 +55,14 @@ class Lab:
         plan = plan_transcript(boundary, LAST, 0.0, 1 << 30)
         content = {"rank": dist.get_rank(), "run_id": "run"}
         self.log = TranscriptLog.create(transcript_path(folder, dist.get_rank()), content, plan.shape, digests)
-        self.recorder = boundary_recorder(job, self.log, HostCopier())
+        events, troubles = EventLog(None, dist.get_rank()), list[dict[str, Any]]()
+        events.listen(troubles.append)
+        self.recorder = boundary_recorder(job, self.log, HostCopier(), events)
         group = job.topology.groups.pp
         self.exchange = BundleExchange(self.pipeline, dist.get_process_group_ranks(group), group, digests)
         self.saved: dict[int, Saved] = {}
         self.gradients: dict[int, dict[str, str]] = {}
-        self.found: dict[str, Any] = {"compared": 0, "different": [], "refused": {}}
+        self.found: dict[str, Any] = {"compared": 0, "different": [], "refused": {}, "troubles": troubles}
 
     def compare(self, what: str, one: dict[str, str], other: dict[str, str]) -> None:
         """Notes which values differ."""
@@ -117,6 +120,17 @@ class Lab:
                 log_boundary(self.job, self.recorder)
         dist.barrier()
         return gradients
+
+    def frozen(self) -> None:
+        """A replay in which experts get no weight gradients; what is sent must be equal all the same."""
+        experts = [p for c in self.job.chunks for name, p in c.named_parameters() if "experts" in name]
+        for parameter in experts:
+            parameter.requires_grad_(False)
+        found = self.replay(FIRST)
+        for parameter in experts:
+            parameter.requires_grad_(True)
+        others = {name: value for name, value in self.gradients[FIRST].items() if "experts" not in name}
+        self.compare("with frozen experts", others, {name: found[name] for name in others})
 
     def refusal(self, name: str, change: Callable[[list[Bundle]], list[Bundle]]) -> None:
         """A replay with a changed transcript, which must be noticed."""
@@ -181,10 +195,10 @@ def main() -> int:
     lab.originals()
     lab.recorder.settle()
     lab.found["iterations"] = sorted(lab.log.iterations)
-    lab.found["problem"] = lab.recorder.problem
     sent = {i: [r.digest for d in Direction for r in lab.log.records(i, d)] for i in range(FIRST, LAST)}
     for iteration in range(FIRST, LAST):
         lab.compare(f"replay of {iteration}", lab.gradients[iteration], lab.replay(iteration))
+    lab.frozen()
     lab.recorder.settle()
     again = {i: [r.digest for d in Direction for r in lab.log.records(i, d)] for i in range(FIRST, LAST)}
     lab.compare("sends", {str(i): str(v) for i, v in sent.items()}, {str(i): str(v) for i, v in again.items()})

@@ -51,6 +51,7 @@ def test_survivors_stay_and_one_is_replaced_again_and_again(agents: Agents) -> N
     assert "rank 2: no progress for" in said and "in 'forward' while others wait" in said
 
 
+@pytest.mark.long
 def test_two_at_once_and_warm_processes(agents: Agents) -> None:
     agents.start("--nproc-per-node", "3", "--preload", "torch.distributed")
     before = processes(agents, 0, 3)
@@ -69,6 +70,7 @@ def _latest(agents: Agents, old_pid: int) -> list[dict[str, int]]:
     return wait(lambda: [note for note in agents.notes(0, "works") if note["pid"] != old_pid])
 
 
+@pytest.mark.long
 def test_a_cold_replacement(agents: Agents) -> None:
     agents.start("--nproc-per-node", "2", "--replacement", "cold")
     before = processes(agents, 0, 2)
@@ -91,6 +93,7 @@ def test_a_refusal_stops_everything(agents: Agents) -> None:
     assert not agents.left()
 
 
+@pytest.mark.long
 def test_failures_without_progress_end_the_job(agents: Agents) -> None:
     agents.order(1, "early error always")
     agents.start("--nproc-per-node", "2", "--max-failures-without-progress", "2", *QUICK)
@@ -100,6 +103,7 @@ def test_failures_without_progress_end_the_job(agents: Agents) -> None:
     assert not agents.left()
 
 
+@pytest.mark.long
 def test_an_idle_process_that_can_not_import_is_no_end(agents: Agents, tmp_path: Path) -> None:
     (tmp_path / "broken_preload.py").write_text("raise ImportError('no such luck')\n")
     os.environ["PYTHONPATH"] = str(tmp_path)
@@ -114,9 +118,31 @@ def test_an_idle_process_that_can_not_import_is_no_end(agents: Agents, tmp_path:
     assert "starting cold" in agents.said()
 
 
-@pytest.mark.parametrize("kind", ["fork", "warm"])
+@pytest.mark.parametrize("kind", ["fork", pytest.param("warm", marks=pytest.mark.long)])
 def test_nobody_outlives_the_agent(agents: Agents, kind: str) -> None:
     agents.start("--nproc-per-node", "2", "--replacement", kind, "--preload", "torch.distributed")
     agents.wait_in(0, 2)
     agents.agents[0].kill()
     wait(lambda: not agents.left() or None)
+
+
+@pytest.mark.long
+def test_fifty_recoveries_leave_nothing_behind(agents: Agents) -> None:
+    agents.start("--nproc-per-node", "3", "--max-failures-without-progress", "100", *QUICK)
+    agents.wait_in(0, 3)
+    held = list[tuple[int, int, int, int]]()
+    for generation in range(1, 51):
+        agents.order(1 + generation % 2, "forward SIGKILL")
+        before = agents.wait_in(generation, 3)
+        held.append((*used(before[0]["pid"]), *used(agents.agents[0].pid)))
+    assert len({agents.notes(0)[k]["pid"] for k in (0, -1)}) == 1
+    # Descriptors and threads of the survivor and of the agent, after the first recovery and after the last.
+    assert held[-1] == held[0], held
+    agents.finish()
+    assert agents.end() == 0
+    assert not agents.left()
+
+
+def used(pid: int) -> tuple[int, int]:
+    """Open descriptors and threads of a process."""
+    return len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))

@@ -196,6 +196,9 @@ def test_without_digests_a_flipped_bit_still_does_not_pass(lab: Lab, tmp_path: P
         (["--sparse-ckpt-window", "2"], "--sparse-ckpt-window"),
         (["--global-batch-size", "16"], "--global-batch-size"),
         (["--use-distributed-optimizer"], "--use-distributed-optimizer"),
+        (["--moe-aux-loss-coeff", "0.5"], "--moe-aux-loss-coeff: 0.01 then, 0.5 now"),
+        (["--clip-grad", "0.7"], "--clip-grad: 0.3 then, 0.7 now"),
+        (["--adam-beta2", "0.95"], "--adam-beta2: 0.999 then, 0.95 now"),
     ],
 )
 def test_slots_of_another_run_are_refused(
@@ -314,6 +317,6 @@ def test_the_plan_is_printed_and_nothing_else_happens(lab: Lab, tmp_path: Path, 
     flags = sparse_flags(shared_memory, "job", "auto", "fixed", "--sparse-ckpt-dry-run")
     outcome = lab.job(SCENARIO, tmp_path, flags).run()
     assert outcome.ok, outcome.output
-    for word in ("operators", "window", "slot data", "host memory", "a recovery", "measured"):
+    for word in ("operators", "window", "slot data", "host memory", "a recovery", "measured", "transcript"):
         assert word in outcome.output
     assert not any(shared_memory.iterdir())

@@ -78,6 +78,7 @@ def test_abbreviations_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
         (["--fp16"], "--bf16"),
         (["--overlap-param-gather"], "--overlap-param-gather"),
         (["--seed"], "--seed"),
+        (["--seed", "99999999999999999999"], "--seed"),
         (["stray"], "stray"),
     ],
 )

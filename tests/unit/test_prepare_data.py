@@ -37,6 +37,28 @@ def test_a_json_line_is_a_document(script: ModuleType, tmp_path: Path) -> None:
         list(script.texts([path], "text", float("inf")))
 
 
+def test_a_line_of_json_ends_with_a_newline_only(script: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text(json.dumps({"text": "a\u2028b\x85c"}, ensure_ascii=False) + "\r\n", encoding="utf-8", newline="")
+    assert list(script.texts([path], "text", float("inf"))) == ["a\u2028b\x85c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("latin.txt", b"caf\xe9", "latin.txt is not UTF-8 at byte 3"),
+        ("half.jsonl", b'{"text": "\\ud800"}', "half.jsonl:1 holds half of a surrogate pair"),
+        ("deep.jsonl", b"[" * 100_000, "deep.jsonl:1 is not a JSON object"),
+    ],
+)
+def test_text_that_cannot_be_kept_is_refused(
+    script: ModuleType, tmp_path: Path, name: str, content: bytes, text: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(script.BadInput, match=text):
+        list(script.texts([tmp_path / name], "text", float("inf")))
+
+
 def test_the_size_limit_cuts_the_last_text_between_characters(script: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abc")
     (tmp_path / "b.txt").write_text("éé")
@@ -55,6 +77,7 @@ def test_the_standard_library_is_there(script: ModuleType) -> None:
     [
         (["--output-prefix", "x"], "--input --python-stdlib is required"),
         (["--input", "/nowhere", "--output-prefix", "x"], "--input /nowhere does not exist"),
+        (["--python-stdlib", "--max-megabytes", "nan", "--output-prefix", "x"], "--max-megabytes must be above 0"),
         (["--python-stdlib", "--max-megabytes", "0", "--output-prefix", "x"], "--max-megabytes must be above 0"),
     ],
 )

@@ -147,9 +147,12 @@ class Head:
                 if member is not None and (member.agent, member.incarnation) == (number, report["incarnation"]):
                     marks[member.rank] = Mark(**report["mark"])
         self._marked(list(marks.values()))
+        silent = [n for n, agent in self.agents.items() if now - agent.heard > self._limits.heartbeat_seconds]
         if self.end is not None:
+            for number in silent:
+                del self.agents[number]  # nobody waits for its goodbye
             return
-        for number in [n for n, agent in self.agents.items() if now - agent.heard > self._limits.heartbeat_seconds]:
+        for number in silent:
             self._lose(number, f"no sign of life for {self._limits.heartbeat_seconds} s")
         if self.end is None and not self.members and now - self._began > self._limits.start_seconds:
             there = len([agent for agent in self.agents.values() if agent.node is not None])

@@ -185,4 +185,8 @@ class WorkerLink:
                 return
             sockets.shut_down_local_ports(self._store_ports)
             # Under the lock: the main thread can't be in the next generation's groups before this returns.
-            self._abort()
+            try:
+                self._abort()
+            except (RuntimeError, OSError) as error:
+                # The next call may do better; who is never freed is killed by the agent.
+                print(f"rank {self.rank}: freeing the main thread: {error}", file=sys.stderr, flush=True)

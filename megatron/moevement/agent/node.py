@@ -48,6 +48,7 @@ class Node:
         store: the head's store, for the workers' environment.
         post: tells the head something.
         grace_seconds: how long workers may take to end by themselves.
+        idle: processes that wait for a failure, where workers are replaced by such.
     """
 
     def __init__(
@@ -57,9 +58,10 @@ class Node:
         store: tuple[str, int],
         post: Callable[[Message], None],
         grace_seconds: float,
+        idle: int = 1,
     ) -> None:
         self._starter, self._marks, self._store, self._post = starter, marks, store, post
-        self._grace_seconds = grace_seconds
+        self._grace_seconds, self._idle = grace_seconds, idle
         self.workers: dict[int, Worker] = {}
         self.end: Message | None = None
         self._signal_at, self._signals = 0.0, [signal.SIGTERM, signal.SIGKILL]
@@ -118,8 +120,8 @@ class Node:
         self.end = order
         for worker in self.workers.values():
             worker.process.channel.send(order)
-        # After a refusal there is nothing to persist.
-        grace = self._grace_seconds if order["status"] == EXIT_AGAIN else 0.0
+        # After a refusal there is nothing to persist; but the rank that prints the reason may not be there yet.
+        grace = self._grace_seconds if order["status"] == EXIT_AGAIN else min(self._grace_seconds, _TERM_SECONDS)
         self._signal_at = time.monotonic() + grace
 
     # ------------------------------------------------------------------------------------------------ watch
@@ -174,7 +176,7 @@ class Node:
             self._resumed_ns = time.monotonic_ns()
         self._looked_at = now
         if self.end is None:
-            self._starter.prepare()
+            self._starter.prepare(self._idle)
         for worker in self.workers.values():
             if _state(worker.process.pid) != "T":
                 worker.stopped_at = None

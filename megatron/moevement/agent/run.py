@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -48,6 +49,8 @@ class _Agent:
         self._signal: int | None = None
         self._marks = Marks.create(options.nproc_per_node)
         self._starter = Starter(options.replacement, options.script, options.preload, self._marks.descriptor, say)
+        # A spare takes all ranks of a node over at once.
+        idle = options.nproc_per_node if options.node_rank is None else 1
         is_head = options.node_rank == 0
         try:
             # The server lives as long as this reference to it.
@@ -61,7 +64,7 @@ class _Agent:
             refuse(PROGRAM, f"--head {':'.join(map(str, options.head))}: {what} ({_first_line(error)})", {})
         self._board = Board(store, options.limits.heartbeat_seconds)
         self._number = self._board.enter()
-        self._node = Node(self._starter, self._marks, (options.head[0], port), self._post, options.grace_seconds)
+        self._node = Node(self._starter, self._marks, (options.head[0], port), self._post, options.grace_seconds, idle)
         self._head = Head(options.nnodes, options.limits, self._board.order, say) if is_head else None
         self._heard_ns = time.monotonic_ns()
         self._renew_at = 0.0
@@ -85,7 +88,7 @@ class _Agent:
             try:
                 self._turn()
             except (dist.DistError, RuntimeError) as error:
-                if self._head is not None or self._node.end is not None:
+                if self._head is not None:
                     raise
                 return self._without_head(_first_line(error))
         status: int = self._node.end["status"]
@@ -131,18 +134,22 @@ class _Agent:
 
     def _without_head(self, why: str) -> int:
         """The head is gone, and with it the job: nobody gives this node's ranks away."""
-        say(f"stopping: the head is gone ({why})")
+        if self._node.end is None:
+            say(f"stopping: the head is gone ({why})")
         self._heard_ns = time.monotonic_ns() + int(1e9 * 3600)
         self._marks.renew(self._heard_ns, 0.0)
         self._node.obey({"do": "end", "status": EXIT_AGAIN, "reason": "the head agent is gone"})
         while self._node.workers:
             self._node.poll(_TICK_SECONDS)
-        return EXIT_AGAIN
+        status: int = (self._node.end or {"status": EXIT_AGAIN})["status"]
+        return status
 
     def _goodbye(self) -> None:
         """The head's store lasts until every other agent knows how the job ended."""
         if self._head is None:
-            self._post({"is": "gone"})
+            # The head may have given up waiting for it.
+            with contextlib.suppress(RuntimeError):
+                self._post({"is": "gone"})
             return
         deadline = time.monotonic() + self._options.grace_seconds + _GOODBYE_SECONDS
         self._post({"is": "gone"})

@@ -29,12 +29,14 @@ class Process:
         pid: None until a forked process has told it.
         pidfd: readable when the process has ended.
         popen: what started it, if it is no fork.
+        status: once it is reaped.
     """
 
     channel: Channel
     pid: int | None = None
     pidfd: int | None = None
     popen: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    status: int = 0
 
     def started(self, pid: int) -> None:
         """Its pid is known."""
@@ -50,20 +52,24 @@ class Process:
         """Waits for its end, kills what it left behind, and returns its status (negative: the signal)."""
         if self.pid is None or self.pidfd is None:
             return -signal.SIGKILL
-        # While it is a zombie its number belongs to nobody else.
-        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-        self.signal(signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        if self.popen is not None:
-            self.popen.returncode = status
+        if self.popen is None or self.popen.returncode is None:
+            # While it is a zombie its number belongs to nobody else.
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+            self.signal(signal.SIGKILL)
+            self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            if self.popen is not None:
+                self.popen.returncode = self.status
+        else:
+            self.status = self.popen.returncode
         os.close(self.pidfd)
         self.channel.close()
         self.pid = self.pidfd = None
-        return status
+        return self.status
 
     def discard(self) -> None:
         """Kills and reaps it."""
-        self.signal(signal.SIGKILL)
+        if self.popen is None or self.popen.returncode is None:
+            self.signal(signal.SIGKILL)
         if self.pid is not None:
             self.reap()
         else:
@@ -85,36 +91,37 @@ class Starter:
         self, kind: str, script: Sequence[str], preload: Sequence[str], marks: int, say: Callable[[str], None]
     ) -> None:
         self._kind, self._script, self._preload, self._marks, self._say = kind, tuple(script), preload, marks, say
-        self._idle: Process | None = None
+        self._idle: list[Process] = []
         # A forked worker's parent ends at once; the agent inherits it and hears of its end like any parent.
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1)
         if kind == "fork":
-            self._idle = self._execute("fork", preload)
+            self._idle = [self._execute("fork", preload)]
 
     def first(self) -> Process:
         """A process for a worker of the first generation: nobody gains from an idle one then."""
         return self.take() if self._kind == "fork" else self._execute("once", ())
 
-    def prepare(self) -> None:
-        """Starts the idle process that the next `take` of a warm one uses."""
-        if self._kind == "warm" and self._idle is None:
-            self._idle = self._execute("once", self._preload)
+    def prepare(self, count: int) -> None:
+        """Has so many idle processes wait for a `take`, where that uses them."""
+        while self._kind == "warm" and len(self._idle) < count:
+            self._idle.append(self._execute("once", self._preload))
 
     def take(self) -> Process:
         """A process for a replacement, as quickly as this kind can."""
-        if self._idle is not None and self._idle.popen is not None and self._idle.popen.poll() is not None:
-            self._say(f"the idle {self._kind} process has ended (status {self._idle.popen.returncode}); starting cold")
-            self._forget_idle()
-            self._kind = "cold"
-        if self._kind == "fork" and self._idle is not None:
-            channel, other = Channel.pair()
-            with other:
-                self._idle.channel.send({"is": "fork"}, (other.fileno(),))
-            return Process(channel)
-        if self._kind == "warm" and self._idle is not None:
-            process, self._idle = self._idle, None
-            return process
-        return self._execute("once", ())
+        for idle in self._idle:
+            if idle.popen is not None and idle.popen.poll() is not None:
+                self._say(f"an idle {self._kind} process has ended (status {idle.popen.returncode}); starting cold")
+                self.close()
+                self._kind = "cold"
+                break
+        if not self._idle:
+            return self._execute("once", ())
+        if self._kind == "warm":
+            return self._idle.pop(0)
+        channel, other = Channel.pair()
+        with other:
+            self._idle[0].channel.send({"is": "fork"}, (other.fileno(),))
+        return Process(channel)
 
     def assign(self, process: Process, environment: Mapping[str, str]) -> None:
         """Has an unassigned process become the worker with this environment."""
@@ -123,20 +130,13 @@ class Starter:
     @property
     def pids(self) -> frozenset[int]:
         """Of processes that belong to no worker."""
-        return frozenset(() if self._idle is None or self._idle.pid is None else (self._idle.pid,))
+        return frozenset(idle.pid for idle in self._idle if idle.pid is not None)
 
     def close(self) -> None:
         """Ends what is idle."""
-        if self._idle is not None:
-            self._idle.discard()
-            self._idle = None
-
-    def _forget_idle(self) -> None:
-        assert self._idle is not None
-        self._idle.channel.close()
-        if self._idle.pidfd is not None:
-            os.close(self._idle.pidfd)
-        self._idle = None
+        for idle in self._idle:
+            idle.discard()
+        self._idle = []
 
     def _execute(self, mode: str, preload: Sequence[str]) -> Process:
         channel, other = Channel.pair()
@@ -146,6 +146,8 @@ class Starter:
             popen = subprocess.Popen(
                 [*words, *self._script],
                 stdin=subprocess.DEVNULL,
+                # Asking whether there is a GPU must not initialise its driver: that would not survive a fork.
+                env={**os.environ, **({"PYTORCH_NVML_BASED_CUDA_CHECK": "1"} if mode == "fork" else {})},
                 pass_fds=(other.fileno(), self._marks),
                 start_new_session=True,
             )

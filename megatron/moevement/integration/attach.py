@@ -23,7 +23,26 @@ from moevement_ext import CopyEngine, EngineError
 
 # What slots must have been written with, in addition to what a dense checkpoint must: with another of these the
 # iterations that a recovery replays would not be those that ran.
-_REPLAY_FIELDS = ("seed", "micro_batch_size", "moe_router_topk", "hidden_dropout", "attention_dropout")
+_REPLAY_FIELDS = (
+    "seed",
+    "split",
+    "micro_batch_size",
+    "hidden_dropout",
+    "attention_dropout",
+    "moe_router_topk",
+    "moe_router_pre_softmax",
+    "moe_router_score_function",
+    "moe_router_dtype",
+    "moe_router_load_balancing_type",
+    "moe_router_bias_update_rate",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "moe_token_dispatcher_type",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_eps",
+    "clip_grad",
+)
 # Slots, and the boundary tensors of the transcript.
 _QUEUED_COPIES_LIMIT = 16
 

@@ -14,6 +14,7 @@ import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from megatron.moevement.errors import RecoveryError
+from megatron.moevement.events import EventLog
 from megatron.moevement.integration.boundary_recorder import BoundaryRecorder
 from megatron.moevement.integration.fingerprint import fingerprint
 from megatron.moevement.integration.job import TrainingJob, build_communicator
@@ -281,9 +282,11 @@ def transcribed(communicator: P2PCommunicator, iteration: int) -> Iterator[None]
         raise
 
 
-def boundary_recorder(job: TrainingJob, log: TranscriptLog | None, copier: LogCopier) -> BoundaryRecorder:
+def boundary_recorder(
+    job: TrainingJob, log: TranscriptLog | None, copier: LogCopier, events: EventLog
+) -> BoundaryRecorder:
     """A recorder for the job's schedule; made once, it serves every communicator of this process."""
-    return BoundaryRecorder(boundary_of(job).pipeline, log, copier, job.topology.device)
+    return BoundaryRecorder(boundary_of(job).pipeline, log, copier, job.topology.device, events)
 
 
 def log_boundary(job: TrainingJob, recorder: BoundaryRecorder) -> LoggedP2P:

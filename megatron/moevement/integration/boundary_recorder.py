@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from megatron.moevement.errors import MoevementError, RecoveryError
+from megatron.moevement.events import EventLog
 from megatron.moevement.integration.fingerprint import fingerprint
 from megatron.moevement.integration.log_copy import LogCopier
 from megatron.moevement.transcript.keys import BoundaryKey, Direction, Pipeline
@@ -19,19 +20,26 @@ from moevement_ext import EngineError
 class BoundaryRecorder:
     """Writes what this rank sends and the receipts of what it receives to the transcript.
 
-    A transcript that can't be written never ends training: the iteration is left out of it, and `problem` says why.
+    A transcript that can't be written never ends training: the iteration is left out of it, and an event says why.
 
     Args:
         pipeline: says what is sent and received, in which order.
         log: the transcript; None writes none.
         copier: copies sent tensors to the transcript.
         device: where boundary tensors are.
+        events: told what is left out.
     """
 
-    def __init__(self, pipeline: Pipeline, log: TranscriptLog | None, copier: LogCopier, device: torch.device) -> None:
-        self.pipeline, self.log, self._copier = pipeline, log, copier
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        log: TranscriptLog | None,
+        copier: LogCopier,
+        device: torch.device,
+        events: EventLog,
+    ) -> None:
+        self.pipeline, self.log, self._copier, self._events = pipeline, log, copier, events
         self.iteration: int | None = None
-        self.problem = ""
         self._writing = False
         self._sent = dict.fromkeys(Direction, 0)
         self._received = dict.fromkeys(Direction, 0)
@@ -40,28 +48,29 @@ class BoundaryRecorder:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="moevement-transcript")
         self._commit: tuple[int, Future[None]] | None = None
 
-    def begin(self, iteration: int) -> int | None:
-        """Starts the transcript of `iteration`; returns the iteration that was given up for lack of room, if any."""
+    def begin(self, iteration: int) -> None:
+        """Starts the transcript of `iteration`."""
         self.settle()
         self.iteration = iteration
         self._sent, self._received = dict.fromkeys(Direction, 0), dict.fromkeys(Direction, 0)
-        self._writing, given_up = False, None
+        self._writing = self.log is not None
         if self.log is not None:
             try:
                 given_up = self.log.begin(iteration)
-                self._writing = True
             except MoevementError as error:
-                self.problem = str(error)
-        return given_up
+                self._give_up(iteration, str(error))
+                return
+            if given_up not in (None, iteration):
+                self._events.emit("transcript_failed", iteration=given_up, reason="given up, no free segment")
 
     def sent(self, direction: Direction, tensor: torch.Tensor) -> BoundaryKey:
         """Logs a tensor that is about to be sent; returns its key."""
         key = self._next(self._sent, direction, self.pipeline.sent(direction), "sends")
-        if self._writing and self.log is not None:
+        if self._writing and self.log is not None and self.iteration is not None:
             try:
                 self._copier.copy(tensor, self.log.add(key, tensor.numel() * tensor.element_size()))
             except (MoevementError, EngineError) as error:
-                self._give_up(str(error))
+                self._give_up(self.iteration, str(error))
         return key
 
     def expect(self, direction: Direction) -> BoundaryKey:
@@ -98,24 +107,24 @@ class BoundaryRecorder:
                 for key in self.pipeline.received(direction)[:count]:
                     log.note_received(key, prints[key.order])
         except (MoevementError, EngineError) as error:
-            self._give_up(str(error), iteration)
+            self._give_up(iteration, str(error))
             return
         self._commit = (iteration, self._worker.submit(log.commit, iteration))
 
     def abandon(self) -> None:
         """Ends an iteration that was interrupted, without a transcript of it."""
-        if self._writing:
-            self._give_up("")
+        if self._writing and self.iteration is not None:
+            self._give_up(self.iteration, "")
         self.iteration = None
 
     def settle(self) -> None:
-        """Waits until the iteration that was finished last is committed, or is not (then `problem` says why)."""
+        """Waits until the iteration that was finished last is committed, or is left out."""
         if self._commit is not None:
             (iteration, commit), self._commit = self._commit, None
             try:
                 commit.result()
             except (MoevementError, EngineError) as error:
-                self._give_up(str(error), iteration)
+                self._give_up(iteration, str(error))
 
     def close(self) -> None:
         """Ends the thread."""
@@ -134,11 +143,14 @@ class BoundaryRecorder:
                         f"iteration {self.iteration}: {count} of {len(keys(direction))} {direction} tensors were {verb}"
                     )
 
-    def _give_up(self, why: str, iteration: int | None = None) -> None:
-        self._writing, self.problem = False, why or self.problem
+    def _give_up(self, iteration: int, why: str) -> None:
+        """Leaves an iteration out of the transcript; without `why` nobody is told."""
+        if iteration == self.iteration:
+            self._writing = False
         # The segment may be taken again at once: nothing may write to it any more.
         with contextlib.suppress(EngineError):
             self._copier.drain()
-        number = self.iteration if iteration is None else iteration
-        if self.log is not None and number is not None:
-            self.log.abandon(number)
+        if self.log is not None:
+            self.log.abandon(iteration)
+        if why:
+            self._events.emit("transcript_failed", iteration=iteration, reason=why)

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import DType
 from megatron.core.datasets.utils import get_blend_from_list
 from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
 
 from megatron.moevement.argument_checks import UsageError
+from megatron.moevement.errors import DataError
 from megatron.moevement.training_config import TrainingConfig
 
 
@@ -87,7 +90,7 @@ class BatchSource:
         Raises:
             RuntimeError: on a rank that was given no dataset.
             IndexError: beyond the end of the dataset or of the iteration.
-            UsageError: where a token id is outside the vocabulary.
+            DataError: where a token id is outside the vocabulary.
         """
         if self.dataset is None:
             raise RuntimeError("this pipeline stage reads no data")
@@ -96,10 +99,9 @@ class BatchSource:
         columns = {name: torch.stack([s[name] for s in samples]) for name in _COLUMNS}
         highest = int(torch.maximum(columns["tokens"].max(), columns["labels"].max()))
         if highest >= self.vocab_size:
-            raise UsageError(
-                "--data-path",
-                f"holds token {highest}, outside the vocabulary of {self.vocab_size}",
-                "use the tokenizer that the data was prepared with",
+            raise DataError(
+                f"--data-path holds token {highest}, outside the vocabulary of {self.vocab_size}: use the tokenizer "
+                "that the data was prepared with"
             )
         return Batch(**{name: column.to(self.device) for name, column in columns.items()})
 
@@ -109,6 +111,9 @@ class BatchSource:
             yield self.batch(consumed_samples, micro_batch)
 
 
+_PREPARE_AGAIN = "prepare it again with scripts/prepare_data.py"
+# Magic, version, code of the token type, sequences, documents; lengths (4 bytes), starts and documents (8) follow.
+_INDEX_HEADER = struct.Struct("<9sQBQQ")
 _COLUMNS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
@@ -125,13 +130,14 @@ def build_train_dataset(
         reads_data: whether this rank has the first or the last stage.
 
     Raises:
-        UsageError: where files are missing or the cache folder cannot be written.
+        UsageError: where files are missing or damaged, or the cache folder cannot be written.
     """
     blend = get_blend_from_list(list(config.data_path))
     for prefix in blend[0]:
         for path in (f"{prefix}.bin", f"{prefix}.idx"):
             if not os.path.isfile(path):
                 raise UsageError("--data-path", f"{path} does not exist", "prepare it with scripts/prepare_data.py")
+        _check_files(prefix)
         _check_cache_folder(config.data_cache_path, prefix)
     dataset_config = GPTDatasetConfig(
         random_seed=config.seed,
@@ -148,6 +154,38 @@ def build_train_dataset(
     sizes = [config.train_iters * config.samples_per_iteration, 0, 0]
     train, _valid, _test = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: reads_data, dataset_config).build()
     return train  # type: ignore[no-any-return]
+
+
+def _check_files(prefix: str) -> None:
+    """Refuse an index that is cut off or none, and data that ends before its index says."""
+    found = os.path.getsize(f"{prefix}.bin")
+    try:
+        needed = _indexed_bytes(f"{prefix}.idx")
+    except ValueError as error:
+        raise UsageError("--data-path", f"{prefix}.idx is damaged ({error})", _PREPARE_AGAIN) from error
+    if found < needed:
+        raise UsageError("--data-path", f"{prefix}.bin has {found} bytes, its index says {needed}", _PREPARE_AGAIN)
+
+
+def _indexed_bytes(path: str) -> int:
+    """Bytes of data that an index file describes. Core's reader asserts instead, and fails again when it is freed.
+
+    Raises:
+        ValueError: it isn't a whole index file.
+    """
+    with open(path, "rb") as file:
+        header = file.read(_INDEX_HEADER.size)
+        if len(header) < _INDEX_HEADER.size or not header.startswith(b"MMIDIDX\0\0"):
+            raise ValueError("no index header")
+        _magic, _version, code, sequences, documents = _INDEX_HEADER.unpack(header)
+        length = _INDEX_HEADER.size + 12 * sequences + 8 * documents
+        if sequences < 1 or os.path.getsize(path) != length:
+            raise ValueError(f"{os.path.getsize(path)} bytes long, its header says {length}")
+        file.seek(_INDEX_HEADER.size + 4 * (sequences - 1))
+        (last,) = struct.unpack("<i", file.read(4))
+        file.seek(_INDEX_HEADER.size + 4 * sequences + 8 * (sequences - 1))
+        (start,) = struct.unpack("<q", file.read(8))
+    return int(start + last * DType.size(DType.dtype_from_code(code)))
 
 
 def _check_cache_folder(given: str | None, prefix: str) -> None:

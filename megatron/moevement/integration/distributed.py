@@ -58,7 +58,8 @@ def choose_device(config: TrainingConfig) -> torch.device:
     if not torch.cuda.is_available():
         raise UsageError("--use-cpu", "was not given and no GPU was found", "add --use-cpu to train on the CPU")
     local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if config.backend == "nccl" and local_rank >= gpus:
+    # All ranks of the node find it: a refusal by one rank alone is not printed.
+    if config.backend == "nccl" and max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > gpus:
         raise UsageError(
             "--distributed-backend",
             f"nccl needs a GPU per process, and this node has {gpus}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -25,11 +26,15 @@ class Generations:
     Args:
         job: its groups are replaced in place.
         link: to the agent.
+        users: whatever else holds process groups.
     """
 
-    def __init__(self, job: TrainingJob, link: WorkerLink) -> None:
-        self._job, self._link = job, link
+    def __init__(self, job: TrainingJob, link: WorkerLink, users: Sequence[object]) -> None:
+        self._job, self._link, self._users = job, link, users
         self._held = self._now()
+        # What is there now stays: collections of the rest are a matter of milliseconds then.
+        gc.collect()
+        gc.freeze()
         link.watch(lambda: groups.free_from_collectives(job.config.backend, shut_down_sockets))
 
     def _now(self) -> dict[str, Any]:
@@ -67,10 +72,12 @@ class Generations:
         """
         # A process that took over a rank has groups that don't communicate.
         groups.leave()
+        # While the others are waited for.
+        found = groups.holders([self._job, *self._users], self._held)
         self._link.next_generation()
         control = distributed.connect(self._job.config, self._link.store())
         new = {**groups.named_groups(), _CONTROL: control}
-        groups.rebind(self._held, new)
+        groups.rebind(found, self._held, new)
         self._held = new
         self._job.topology = distributed.topology_of(self._job.topology.device, control)
         dist.barrier(group=control)

@@ -1,8 +1,7 @@
 """Process groups of one generation after another, under a job that stays as it is.
 
 Megatron's modules, buffers and optimizers keep the groups that they were built with. After a failure all groups are
-made anew; `rebind` finds every reference to an old group in the process, puts the new one there, and fails if one is
-left: a stale group would hang or mix generations.
+made anew; `holders` finds every reference to an old group in the job, and `rebind` puts the new one there.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,46 +78,55 @@ def leave() -> None:
             dist.destroy_process_group()
 
 
-def rebind(old: Mapping[str, Any], new: Mapping[str, Any]) -> int:
-    """Puts the new groups wherever the process refers to old ones; returns how many references there were.
+def holders(roots: Sequence[Any], groups: Mapping[str, Any]) -> list[Any]:
+    """Every object that can be reached from `roots` and refers to one of the groups itself.
+
+    The garbage collector can't be asked who refers to a group: it doesn't track dictionaries, such as an object's
+    attributes, that hold nothing else of interest to it.
+    """
+    wanted = {id(group) for group in groups.values()}
+    seen, found, waiting = {id(waiting) for waiting in (groups, wanted)}, [], list(roots)
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen or isinstance(one, _NOT_ENTERED):
+            continue
+        seen.add(id(one))
+        inside = _parts_of_function(one) if isinstance(one, types.FunctionType) else gc.get_referents(one)
+        if any(id(part) in wanted for part in inside):
+            found.append(one)
+        waiting += inside
+    return found
+
+
+# They lead to the whole process, or to nothing.
+_NOT_ENTERED = (types.ModuleType, type, types.BuiltinFunctionType, types.FrameType, str, bytes, int, float)
+
+
+def _parts_of_function(function: types.FunctionType) -> list[Any]:
+    # Its referents would include the globals of its module.
+    parts: list[Any] = [*(function.__closure__ or ()), *(function.__defaults__ or ()), function.__dict__]
+    return [*parts, *(function.__kwdefaults__ or {}).values()]
+
+
+def rebind(found: Sequence[Any], old: Mapping[str, Any], new: Mapping[str, Any]) -> int:
+    """Puts the new groups wherever one of `found` refers to an old one; returns how many references there were.
 
     Raises:
         RecoveryError: a reference can't be changed, or the groups aren't the same ones by name.
     """
-    missing = sorted(set(old) ^ set(new))
-    if missing:
-        raise RecoveryError(f"process groups changed between generations: {missing[0]}")
+    different = sorted(set(old) ^ set(new))
+    if different:
+        raise RecoveryError(f"process groups changed between generations: {different[0]}")
     successors = {id(group): new[name] for name, group in old.items()}
-    groups = list({id(group): group for group in old.values()}.values())
-    gc.collect()
-    changed = sum(_replace(holder, successors) for holder in _holders(groups, old))
-    left = _holders(groups, old)
-    if left:
-        raise RecoveryError(f"a {type(left[0]).__name__} still holds a process group of the failed generation")
+    changed = sum(_replace(holder, successors) for holder in found)
+    for holder in found:
+        if any(id(part) in successors for part in gc.get_referents(holder)):
+            raise RecoveryError(f"a {type(holder).__name__} still holds a process group of the failed generation")
     return changed
 
 
-def _holders(groups: list[Any], old: Mapping[str, Any]) -> list[Any]:
-    """Whatever refers to a group, but for this module's own books and running functions."""
-    own = {id(groups), id(old)}
-    return [
-        holder
-        for holder in gc.get_referrers(*groups)
-        if id(holder) not in own and not isinstance(holder, types.FrameType) and not _is_listing(holder, groups)
-    ]
-
-
-def _is_listing(holder: Any, groups: list[Any]) -> bool:
-    # The argument tuple of get_referrers itself.
-    return (
-        isinstance(holder, tuple)
-        and len(holder) == len(groups)
-        and all(a is b for a, b in zip(holder, groups, strict=True))
-    )
-
-
 def _replace(holder: Any, successors: Mapping[int, Any]) -> int:
-    """Replaces old groups in one container; 0 if it can't be changed, which the second look finds."""
+    """Replaces old groups in one object; 0 if it can't be changed."""
     if isinstance(holder, dict):
         return _replace_items(holder, [(k, v) for k, v in holder.items() if id(v) in successors], successors)
     if isinstance(holder, list):
@@ -126,14 +134,12 @@ def _replace(holder: Any, successors: Mapping[int, Any]) -> int:
     if isinstance(holder, types.CellType):
         holder.cell_contents = successors[id(holder.cell_contents)]
         return 1
-    # An object whose attributes are stored within it refers to them itself, without a dictionary.
-    slots = [name for name in getattr(type(holder), "__slots__", ()) if id(getattr(holder, name, None)) in successors]
-    for name in slots:
+    # Attributes that are stored within the object.
+    names = [*getattr(type(holder), "__slots__", ()), *getattr(holder, "__dict__", ())]
+    held = [name for name in names if id(getattr(holder, name, None)) in successors]
+    for name in held:
         object.__setattr__(holder, name, successors[id(getattr(holder, name))])
-    if slots:
-        return len(slots)
-    attributes = getattr(holder, "__dict__", {})
-    return _replace_items(attributes, [(k, v) for k, v in attributes.items() if id(v) in successors], successors)
+    return len(held)
 
 
 def _replace_items(container: Any, places: list[tuple[Any, Any]], successors: Mapping[int, Any]) -> int:

@@ -52,8 +52,9 @@ class LocalizedTraining:
     ) -> None:
         self._job, self._state, self._manager, self._sparse = job, state, manager, hooks
         self._transcription, self._link, self._events = transcription, link, events
-        self._generations = Generations(job, link)
         self._agreement = Agreement(job.topology.control)
+        users = (self._agreement, state, manager, hooks, transcription)
+        self._generations = Generations(job, link, users)
         # Whether job.step is a Step that this rank's state is of.
         self._clean = False
         job.agree_to_update = self._agree_to_update
@@ -256,11 +257,14 @@ class LocalizedTraining:
 def _gradient_statistics_within(job: TrainingJob, group: dist.ProcessGroup) -> Iterator[None]:
     """Overflow checks of a replay reduce over the segment: the others don't take part, and the decision is recorded."""
     members = inner_optimizers(job.optimizer)
-    before = [member.get_grad_stats_parallel_group() for member in members]
+    before = [vars(member).get("grad_stats_parallel_group") for member in members]
     for member in members:
         member.grad_stats_parallel_group = group
     try:
         yield
     finally:
         for member, own in zip(members, before, strict=True):
-            member.grad_stats_parallel_group = own
+            if own is None:
+                del member.grad_stats_parallel_group
+            else:
+                member.grad_stats_parallel_group = own

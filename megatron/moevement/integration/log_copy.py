@@ -15,6 +15,7 @@ from moevement_ext import CopyEngine, EngineError
 LOG_PRIORITY = 4
 MAX_OUTSTANDING_COPIES = 8
 COPY_TIMEOUT_SECONDS = 120.0
+OUTSTANDING_BYTES_LIMIT = 256 << 20
 
 
 class LogCopier(Protocol):
@@ -33,6 +34,11 @@ class LogCopier(Protocol):
         Raises:
             EngineError: a copy failed.
         """
+
+
+def log_copier(engine: CopyEngine, device: torch.device) -> LogCopier:
+    """The copier for tensors on `device`; `engine` is that of the snapshots."""
+    return HostCopier() if device.type == "cpu" else EngineCopier(engine, OUTSTANDING_BYTES_LIMIT)
 
 
 class HostCopier:
@@ -54,7 +60,8 @@ class EngineCopier:
 
     Args:
         engine: shared with the snapshots.
-        outstanding_bytes_limit: of tensors that are held; above it a copy waits for earlier ones.
+        outstanding_bytes_limit: of tensors that are held; above it a copy waits for earlier ones. A larger tensor is
+            held alone.
     """
 
     def __init__(self, engine: CopyEngine, outstanding_bytes_limit: int) -> None:

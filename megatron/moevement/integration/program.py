@@ -12,6 +12,7 @@ from megatron.moevement.errors import ConfigError, JobEnded, StoreError
 from megatron.moevement.events import EventLog
 from megatron.moevement.integration import distributed, state_digest, train_loop, training_log
 from megatron.moevement.integration.attach import SparseHooks, build_manager, copy_engine, ranks_on_node
+from megatron.moevement.integration.boundary import boundary_of
 from megatron.moevement.integration.dense_checkpoint import SaveResult, find_dense, load_dense, save_dense
 from megatron.moevement.integration.job import TrainingJob, build_job
 from megatron.moevement.integration.localized import LocalizedTraining
@@ -23,6 +24,7 @@ from megatron.moevement.recovery.start import restart_count
 from megatron.moevement.report.progress import ProgressDisplay, ProgressSettings
 from megatron.moevement.report.tensorboard import TensorBoardScalars
 from megatron.moevement.training_config import TrainingConfig
+from megatron.moevement.transcript.plan import describe_transcript
 
 EXIT_PEER_LOST = 1
 EXIT_AGAIN = 75
@@ -265,6 +267,9 @@ def _print_plan(
         train_loop.train_iteration(job, hooks)
     if job.topology.rank == 0:
         print("sparse checkpointing plan (rank 0)")
-        for line in describe(manager.plan, state, sparse, job.topology.world_size):
+        lines = describe(manager.plan, state, sparse, job.topology.world_size)
+        limit, longest = sparse.transcript_memory_gib, manager.plan.longest_run
+        lines += describe_transcript(boundary_of(job), sparse.transcript, longest, limit)
+        for line in lines:
             print("  " + line, flush=True)
     manager.finish(durable=False)

@@ -42,14 +42,14 @@ class Transcription:
         ranks_on_node: int,
         events: EventLog,
     ) -> None:
-        self._job, self._ranks_on_node = job, ranks_on_node
+        self._job, self._ranks_on_node, self._events = job, ranks_on_node, events
         self._digests = DigestPool(config.threads(ranks_on_node))
         self._memory = TranscriptMemory(config, job.topology.rank, engine, self._digests, events)
         self._copier: LogCopier = HostCopier()
         if job.topology.device.type == "cuda":
             self._copier = EngineCopier(engine, _OUTSTANDING_BYTES_LIMIT)
         self._log: TranscriptLog | None = None
-        self._recorder = boundary_recorder(job, None, self._copier)
+        self._recorder = boundary_recorder(job, None, self._copier, events)
         self._run_id = ""
 
     @property
@@ -74,7 +74,7 @@ class Transcription:
             self._recorder.settle()
             self._log.close()
         self._log = log
-        self._recorder = boundary_recorder(self._job, log, self._copier)
+        self._recorder = boundary_recorder(self._job, log, self._copier, self._events)
         self.log_from_now_on()
 
     def log_from_now_on(self) -> None:

@@ -113,6 +113,7 @@ def _require_equal(agreement: Agreement, deterministic: bool, what: str, differi
     if found and deterministic:
         rank, text = found[0]
         raise RecoveryError(
-            f"the replay is not exact: rank {rank}: {text} differs from what the failed run recorded; the slots are "
-            "kept for analysis, use --sparse-ckpt-fresh to go on from the dense checkpoint"
+            f"the replay is not exact: rank {rank}: {text} differs from what the failed run recorded; restore "
+            "--data-path and the training flags if they were changed; else the slots are kept for analysis, use "
+            "--sparse-ckpt-fresh to go on from the dense checkpoint"
         )

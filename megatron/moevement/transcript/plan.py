@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron.moevement.config import GIB
+from megatron.moevement.config import GIB, MIB
 from megatron.moevement.errors import ConfigError
 from megatron.moevement.store.format import Geometry
 from megatron.moevement.transcript.keys import Boundary, Direction
@@ -86,3 +86,16 @@ def plan_transcript(boundary: Boundary, longest_run: int, limit_gib: float, avai
         f"{plan.segment_bytes / GIB:.3f}), more than {why}: without it every recovery rolls all stages back"
     )
     return TranscriptPlan(plan.segments, plan.index_bytes, plan.data_bytes, problem)
+
+
+def describe_transcript(boundary: Boundary, choice: str, longest_run: int, limit_gib: float) -> list[str]:
+    """The plan for people, as far as it doesn't depend on the room there is; see `plan_transcript`."""
+    if not transcript_wanted(choice, boundary.pipeline.stages):
+        return ["boundary transcript: none, every recovery rolls all ranks back"]
+    plan = plan_transcript(boundary, longest_run, limit_gib, 1 << 62)
+    if plan.problem:
+        return [f"boundary transcript: none: {plan.problem}"]
+    return [
+        f"boundary transcript: {plan.total_bytes / GIB:.3f} GiB per rank, {plan.segments} iterations of "
+        f"{plan.segment_bytes / GIB:.3f} GiB, tensors of {boundary.tensor_bytes / MIB:.3f} MiB"
+    ]

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron.moevement.errors import RecoveryError
+from megatron.moevement.events import EventLog
 from megatron.moevement.integration.boundary_recorder import BoundaryRecorder
 from megatron.moevement.integration.fingerprint import fingerprint
 from megatron.moevement.integration.log_copy import EngineCopier, HostCopier
@@ -27,29 +29,47 @@ def log(tmp_path: Path) -> TranscriptLog:
     return create(tmp_path / "t")
 
 
+class Told(EventLog):
+    """Keeps the events."""
+
+    def __init__(self) -> None:
+        super().__init__(None, 0)
+        self.events: list[dict[str, Any]] = []
+        self.listen(self.events.append)
+
+    @property
+    def reasons(self) -> list[tuple[int, str]]:
+        """What was left out, and why."""
+        return [(event["iteration"], event["reason"]) for event in self.events if event["kind"] == "transcript_failed"]
+
+
 @pytest.fixture
-def recorder(log: TranscriptLog) -> Iterator[BoundaryRecorder]:
-    made = BoundaryRecorder(MIDDLE, log, HostCopier(), CPU)
+def told() -> Told:
+    return Told()
+
+
+@pytest.fixture
+def recorder(log: TranscriptLog, told: Told) -> Iterator[BoundaryRecorder]:
+    made = BoundaryRecorder(MIDDLE, log, HostCopier(), CPU, told)
     yield made
     made.close()
 
 
-def exchange(recorder: BoundaryRecorder, iteration: int, count: int = 4) -> int | None:
+def exchange(recorder: BoundaryRecorder, iteration: int, count: int = 4) -> None:
     """Begins an iteration and exchanges so many tensors in each way."""
-    given_up = recorder.begin(iteration)
+    recorder.begin(iteration)
     for direction in Direction:
         for number in range(count):
             recorder.sent(direction, tensor(number))
             recorder.received(recorder.expect(direction), tensor(100 + number))
-    return given_up
 
 
-def test_what_was_exchanged_is_in_the_log(recorder: BoundaryRecorder, log: TranscriptLog) -> None:
-    assert exchange(recorder, 3) is None
+def test_what_was_exchanged_is_in_the_log(recorder: BoundaryRecorder, log: TranscriptLog, told: Told) -> None:
+    exchange(recorder, 3)
     recorder.check_complete()
     recorder.finish()
     recorder.settle()
-    assert log.iterations == {3} and recorder.problem == ""
+    assert log.iterations == {3} and not told.events
     for direction in Direction:
         assert [r.data[0] for r in log.records(3, direction)] == [0, 1, 2, 3]
         wanted = torch.zeros(4, dtype=torch.int64)
@@ -58,15 +78,14 @@ def test_what_was_exchanged_is_in_the_log(recorder: BoundaryRecorder, log: Trans
         assert [r.fingerprint for r in log.receipts(3, direction)] == wanted.tolist()
 
 
-def test_the_ring_tells_what_it_gives_up(recorder: BoundaryRecorder) -> None:
-    given_up = []
+def test_the_ring_tells_what_it_gives_up(recorder: BoundaryRecorder, told: Told) -> None:
     for iteration in range(6):
-        given_up.append(exchange(recorder, iteration))
+        exchange(recorder, iteration)
         recorder.finish()
-    assert given_up == [None, None, None, None, 0, 1]
+    assert told.reasons == [(0, "given up, no free segment"), (1, "given up, no free segment")]
 
 
-def test_an_interrupted_iteration_leaves_nothing(recorder: BoundaryRecorder, log: TranscriptLog) -> None:
+def test_an_interrupted_iteration_leaves_nothing(recorder: BoundaryRecorder, log: TranscriptLog, told: Told) -> None:
     exchange(recorder, 1, count=2)
     with pytest.raises(RecoveryError, match="iteration 1: 2 of 4 forward tensors were sent"):
         recorder.check_complete()
@@ -76,7 +95,7 @@ def test_an_interrupted_iteration_leaves_nothing(recorder: BoundaryRecorder, log
         exchange(recorder, iteration)
         recorder.finish()
     recorder.settle()
-    assert log.iterations == {1, 2, 3, 4} and recorder.problem == ""
+    assert log.iterations == {1, 2, 3, 4} and not told.events
 
 
 def test_more_than_the_schedule_has_is_an_error(recorder: BoundaryRecorder) -> None:
@@ -89,7 +108,7 @@ def test_more_than_the_schedule_has_is_an_error(recorder: BoundaryRecorder) -> N
 
 
 def test_without_a_log_only_the_order_is_known() -> None:
-    recorder = BoundaryRecorder(MIDDLE, None, HostCopier(), CPU)
+    recorder = BoundaryRecorder(MIDDLE, None, HostCopier(), CPU, Told())
     exchange(recorder, 0)
     recorder.check_complete()
     recorder.finish()
@@ -97,14 +116,16 @@ def test_without_a_log_only_the_order_is_known() -> None:
     recorder.close()
 
 
-def test_a_tensor_that_does_not_fit_costs_the_transcript_only(recorder: BoundaryRecorder, log: TranscriptLog) -> None:
+def test_a_tensor_that_does_not_fit_costs_the_transcript_only(
+    recorder: BoundaryRecorder, log: TranscriptLog, told: Told
+) -> None:
     recorder.begin(0)
     recorder.sent(Direction.FORWARD, torch.zeros(5000, dtype=torch.uint8))
     recorder.sent(Direction.FORWARD, tensor(1))
     recorder.received(recorder.expect(Direction.FORWARD), tensor(2))
     recorder.finish()
     recorder.settle()
-    assert "no room for activation 0" in recorder.problem and log.iterations == frozenset()
+    assert "no room for activation 0" in told.reasons[0][1] and log.iterations == frozenset()
     exchange(recorder, 1)
     recorder.finish()
     recorder.settle()
@@ -119,21 +140,22 @@ class Failing(EngineCopier):
         raise EngineError("lost")
 
 
-def test_a_failed_copy_costs_the_transcript_only(log: TranscriptLog) -> None:
-    recorder = BoundaryRecorder(MIDDLE, log, Failing(CopyEngine(), 1 << 20), CPU)
+def test_a_failed_copy_costs_the_transcript_only(log: TranscriptLog, told: Told) -> None:
+    recorder = BoundaryRecorder(MIDDLE, log, Failing(CopyEngine(), 1 << 20), CPU, told)
     exchange(recorder, 0)
     recorder.finish()
     recorder.close()
-    assert recorder.problem == "lost" and log.iterations == frozenset()
+    assert told.reasons == [(0, "lost")] and log.iterations == frozenset()
 
 
-def test_a_failed_commit_costs_the_transcript_only(tmp_path: Path) -> None:
+def test_a_failed_commit_costs_the_transcript_only(tmp_path: Path, told: Told) -> None:
     digests = DigestPool()
     log = TranscriptLog.create(tmp_path / "t", {"rank": 1, "run_id": "run"}, SHAPE, digests)
-    recorder = BoundaryRecorder(MIDDLE, log, HostCopier(), CPU)
+    recorder = BoundaryRecorder(MIDDLE, log, HostCopier(), CPU, told)
     for iteration in range(5):
         exchange(recorder, iteration)
         digests.close()
         recorder.finish()
     recorder.settle()
-    assert "closed" in recorder.problem and log.iterations == frozenset()
+    assert [iteration for iteration, _ in told.reasons] == [0, 1, 2, 3, 4] and "closed" in told.reasons[0][1]
+    assert log.iterations == frozenset()

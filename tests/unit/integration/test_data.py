@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from megatron.moevement.argument_checks import UsageError
+from megatron.moevement.errors import DataError
+from megatron.moevement.integration.corpus import write_corpus
 from megatron.moevement.integration.data import Batch, BatchLayout, BatchSource, build_train_dataset
 from megatron.moevement.integration.job import TrainingJob
 from megatron.moevement.integration.tokenizer import build_tokenizer
@@ -51,7 +53,7 @@ def test_the_same_position_gives_the_same_batch() -> None:
 def test_a_token_outside_the_vocabulary_is_refused() -> None:
     source = BatchSource(Numbered(), layout(), 3, CPU)  # type: ignore[arg-type]
     source.batch(0, 0)
-    with pytest.raises(UsageError, match="--data-path holds token 7"):
+    with pytest.raises(DataError, match="--data-path holds token 7"):
         source.batch(0, 1)
 
 
@@ -75,6 +77,27 @@ def test_missing_files_are_named(make_config: Callable[..., TrainingConfig]) -> 
     config = make_config(data_path=("/nowhere/corpus",))
     with pytest.raises(UsageError, match=r"--data-path /nowhere/corpus.bin does not exist: .*prepare_data.py"):
         build_train_dataset(config, build_tokenizer("ByteLevelTokenizer"), reads_data=True)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage", "text"),
+    [
+        (".idx", lambda content: b"garbage", r"corpus.idx is damaged \(no index header"),
+        (".idx", lambda content: content[:20], r"corpus.idx is damaged"),
+        (".idx", lambda content: content[:-9], r"corpus.idx is damaged"),
+        (".bin", lambda content: content[:-1], r"corpus.bin has \d+ bytes, its index says \d+"),
+        (".bin", lambda content: b"", r"corpus.bin"),
+    ],
+)
+def test_damaged_files_are_named(
+    make_config: Callable[..., TrainingConfig], tmp_path: Path, suffix: str, damage: Callable[[bytes], bytes], text: str
+) -> None:
+    prefix = tmp_path / "corpus"
+    write_corpus(["some text", "and more"], str(prefix), "ByteLevelTokenizer")
+    path = prefix.with_suffix(suffix)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UsageError, match=f"--data-path .*{text}.*prepare it again"):
+        build_train_dataset(make_config(data_path=(str(prefix),)), build_tokenizer("ByteLevelTokenizer"), True)
 
 
 def test_a_cache_folder_that_cannot_be_made_is_named(

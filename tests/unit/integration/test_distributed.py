@@ -27,8 +27,11 @@ def test_gpus_are_shared_under_gloo_only(
     monkeypatch.setenv("LOCAL_RANK", "3")
     device = distributed.choose_device(make_config(use_cpu=False, distributed_backend="gloo"))
     assert device == torch.device("cuda", 1)
-    with pytest.raises(UsageError, match="--distributed-backend"):
-        distributed.choose_device(make_config(use_cpu=False, distributed_backend="nccl"))
+    for local_rank in ("3", "0"):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+        with pytest.raises(UsageError, match="--distributed-backend"):
+            distributed.choose_device(make_config(use_cpu=False, distributed_backend="nccl"))
 
 
 def test_a_world_of_one(topology: distributed.Topology) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron.moevement.integration import log_copy
-from megatron.moevement.integration.log_copy import EngineCopier, HostCopier, LogCopier
+from megatron.moevement.integration.log_copy import EngineCopier, HostCopier, LogCopier, log_copier
 from moevement_ext import CopyEngine, EngineError
 
 
@@ -45,6 +45,11 @@ class Broken(CopyEngine):
     def cancel(self, ticket: int) -> bool:
         self.cancelled.append(ticket)
         return super().cancel(ticket)
+
+
+def test_the_device_decides() -> None:
+    assert isinstance(log_copier(CopyEngine(), torch.device("cpu")), HostCopier)
+    assert isinstance(log_copier(CopyEngine(), torch.device("cuda", 0)), EngineCopier)
 
 
 @pytest.mark.parametrize("copier", [HostCopier(), EngineCopier(CopyEngine(), 1 << 20)], ids=["host", "engine"])

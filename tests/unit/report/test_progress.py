@@ -72,12 +72,17 @@ def test_troubles_are_told() -> None:
     stream = io.StringIO()
     display = ProgressDisplay(_settings("plain"), stream)
     display(event("slot_failed", 1.0, step=3, reason="no free slot", failed_slots=1))
+    display(event("transcript", 1.0, segments=5, memory_bytes=1 << 30))
     display(event("transcript_off", 1.0, reason="it needs 4 GiB"))
+    display(event("transcript_failed", 1.0, iteration=7, reason="a copy failed"))
     display(event("window_given_up", 1.0, step=2, reason="no free slot"))
     display(event("reorder", 1.0, step=8, refused=True))
     display(event("a kind of another version", 1.0))
     assert stream.getvalue().splitlines() == [
         "slot of step 3 failed, training goes on: no free slot",
+        "boundary transcript: 5 iterations, 1.00 GiB of host memory a rank",
+        "no boundary transcript, training goes on: it needs 4 GiB",
+        "no boundary transcript of iteration 7: a copy failed",
         "slot of step 2 given up: no free slot",
         "order of experts changed at step 8, refused: the new order's slots would not fit",
     ]

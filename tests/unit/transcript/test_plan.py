@@ -10,7 +10,7 @@ from megatron.moevement.config import GIB
 from megatron.moevement.errors import ConfigError
 from megatron.moevement.transcript.keys import Boundary, Direction, Pipeline
 from megatron.moevement.transcript.log import TranscriptLog
-from megatron.moevement.transcript.plan import plan_transcript, transcript_wanted
+from megatron.moevement.transcript.plan import describe_transcript, plan_transcript, transcript_wanted
 from moevement_ext import DigestPool
 
 
@@ -61,6 +61,15 @@ def test_limits_turn_it_off_and_say_why() -> None:
         "3.000 GiB free in --sparse-ckpt-dir" in plan_transcript(Boundary(pipeline, 1 << 28), 1, 9.0, 3 * GIB).problem
     )
     assert plan_transcript(Boundary(pipeline, 1 << 28), 1, 4.1, 5 * GIB).problem == ""
+
+
+def test_a_plan_for_people() -> None:
+    boundary = Boundary(Pipeline(2, 0, 4, 1, 2), 1 << 28)
+    assert describe_transcript(boundary, "auto", 1, 0.0) == [
+        "boundary transcript: 4.000 GiB per rank, 4 iterations of 1.000 GiB, tensors of 256.000 MiB"
+    ]
+    assert "--sparse-ckpt-transcript-memory-gib 1" in describe_transcript(boundary, "on", 1, 1.0)[0]
+    assert describe_transcript(boundary, "off", 1, 0.0)[0].startswith("boundary transcript: none, every recovery")
 
 
 def test_wanted() -> None:
