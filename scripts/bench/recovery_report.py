@@ -32,11 +32,10 @@ def print_table(result: dict[str, Any]) -> None:
     """The result for people."""
     machine = result["machine"]
     where = ", ".join(sorted(set(machine["devices"]))) or machine["processor"]
-    print(
-        f"\n{result['model']}: {result['ranks']} ranks, {result['stages']} stages, {result['micro_batches']} ", end=""
-    )
-    print(f"micro-batches, W={result['window']}; {where}, {machine['cores']} cores, {result['backend']}, ", end="")
-    print("ranks pinned" if result["cores_of_ranks"] else "ranks not pinned")
+    size = f"{result['ranks']} ranks, {result['stages']} stages, {result['micro_batches']} micro-batches"
+    pinned = "ranks pinned" if result["cores_of_ranks"] else "ranks not pinned"
+    print(f"\n{result['model']}: {size}, W={result['window']}; {result['backend']}")
+    print(f"{where}, {machine['cores']} cores, load {machine['load_before']:.1f} before, {pinned}")
     print("seconds from the kill until all ranks begin the interrupted iteration again (mean, least to most):")
     for label, variant in result["variants"].items():
         print("  " + line(label, variant))
@@ -62,9 +61,10 @@ def print_comparison(mode: str, one: dict[str, Any]) -> None:
             continue
         print(
             f"    stage {stage}: {found['local_seconds_an_iteration']:.3f} s an iteration against "
-            f"{found['global_seconds_an_iteration']:.3f} s, {100 * found['gain']:+.1f}% saved; by processor seconds, with "
-            f"a core a rank {found['local_thread_seconds']:.3f} against {found['global_critical_path_seconds']:.3f}, "
-            f"{100 * found['gain_on_own_cores']:+.1f}% (paper {100 * PAPER_GAIN:.0f}%)"
+            f"{found['global_seconds_an_iteration']:.3f} s, {100 * found['gain']:+.1f}% saved (paper "
+            f"{100 * PAPER_GAIN:.0f}%); by processor seconds, with a core for each rank, "
+            f"{found['local_thread_seconds']:.3f} s against {found['global_critical_path_seconds']:.3f} s, "
+            f"{100 * found['gain_on_own_cores']:+.1f}%"
         )
 
 

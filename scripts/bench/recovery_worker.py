@@ -181,7 +181,9 @@ def install(marks: Marks, killer: Killer, on_gpu: bool) -> None:
         def wrapped(log: EventLog, kind: str, **values: Any) -> None:
             emit(log, kind, **values)
             if kind in EVENTS:
-                marks(kind, **{name: values[name] for name in ("source", "target", "runs", "reasons") if name in values})
+                marks(
+                    kind, **{name: values[name] for name in ("source", "target", "runs", "reasons") if name in values}
+                )
 
         return wrapped
 
