@@ -7,6 +7,8 @@ that cannot work. Both raise `UsageError`, one line that names the flag and the 
 from __future__ import annotations
 
 import dataclasses
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 
 from megatron.moevement.errors import ConfigError
@@ -101,6 +103,23 @@ def check(config: TrainingConfig) -> None:
     for rules in _RULES:
         for error in rules(config):
             raise error
+
+
+def check_outputs(config: TrainingConfig) -> None:
+    """Refuse output folders that can't be made or written, before an hour of training would be lost on them.
+
+    Raises:
+        UsageError: for the first one found.
+    """
+    digests = None if config.state_digest is None else os.path.dirname(os.path.abspath(config.state_digest))
+    folders = {"--save": config.save, "--tensorboard-dir": config.tensorboard_dir, "--state-digest": digests}
+    for flag, folder in folders.items():
+        try:
+            if folder is not None:
+                os.makedirs(folder, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UsageError(flag, f"{folder}: {error.strerror}", "name a folder that can be written") from error
 
 
 def _precision(c: TrainingConfig) -> Iterator[UsageError]:

@@ -2,11 +2,14 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from megatron.moevement.agent.board import serve
 from tests.support.agents import Agents, wait
 
 pytestmark = pytest.mark.distributed
@@ -146,3 +149,43 @@ def test_fifty_recoveries_leave_nothing_behind(agents: Agents) -> None:
 def used(pid: int) -> tuple[int, int]:
     """Open descriptors and threads of a process."""
     return len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))
+
+
+BUILD = """
+import sys, threading, time
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from megatron.moevement.agent.sockets import break_gloo_listeners
+
+rank, port = int(sys.argv[1]), int(sys.argv[2])
+store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+
+def free():
+    time.sleep(1)
+    while True:
+        break_gloo_listeners(2)
+        time.sleep(0.05)
+
+if sys.argv[3] == "survivor":
+    threading.Thread(target=free, daemon=True).start()
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=600))
+# Gloo may take the closed connection for a good one at first.
+dist.all_reduce(torch.ones(1))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dead", [0, 1])
+def test_who_waits_for_the_connection_of_a_dead_rank_is_freed(dead: int) -> None:
+    store, port = serve("127.0.0.1", 0)
+    command = [sys.executable, "-c", BUILD]
+    with subprocess.Popen([*command, str(dead), str(port), "dead"]) as process:
+        # Its address is known, and it waits for that of the other.
+        wait(lambda: any(key.endswith(f"/{dead}") for key in store.list_keys()))
+        process.kill()
+    survivor = [*command, str(1 - dead), str(port), "survivor"]
+    done = subprocess.run(survivor, stderr=subprocess.PIPE, text=True, timeout=300)
+    # Whether it connects to the dead rank or waits for its connection is gloo's choice, by their addresses.
+    assert done.returncode == 1 and "RuntimeError" in done.stderr
+    assert "Connect timeout" not in done.stderr and "Timed out" not in done.stderr

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.conftest import Lab
-from tests.support.launcher import copy_slots
-from tests.support.scenario import Scenario, differences, sparse_flags
+from tests.support.launcher import Outcome, copy_slots
+from tests.support.scenario import CLIP_GRAD, Scenario, differences, sparse_flags
 
 pytestmark = pytest.mark.distributed
 
@@ -118,9 +118,21 @@ def _parameters() -> list[object]:
     return [pytest.param(c, id=str(c), marks=[pytest.mark.long] if c.long else []) for c in CASES]
 
 
+def assert_demanding(reference: Outcome, overflow: bool) -> None:
+    """Other data, a clipped gradient and another rate in every iteration, so that a wrong replay shows."""
+    history = list(reference.digests[0]["history"].values())
+    assert len({values["loss"] for values in history}) == len(history)
+    norms = [float.fromhex(values["grad_norm"]) for values in history if not values["skipped"]]
+    assert min(norms) > CLIP_GRAD, norms
+    rates = [float.fromhex(values["learning_rate"]) for values in history]
+    assert rates[0] < max(rates) > rates[-1], "warm-up and decay"
+    assert any(values["skipped"] for values in history) == overflow
+
+
 @pytest.mark.parametrize("case", _parameters())
 def test_a_killed_run_ends_bit_identical(case: Case, lab: Lab, tmp_path: Path, shared_memory: Path) -> None:
     reference = lab.reference(case.scenario)
+    assert_demanding(reference, overflow=bool(case.scenario.faults))
     flags = sparse_flags(shared_memory, "job", case.window, case.mode, "--sparse-ckpt-keep")
     job = lab.job(case.scenario, tmp_path / "killed", flags)
     job.faults.append({"point": case.point, "rank": case.rank, "iteration": case.iteration})

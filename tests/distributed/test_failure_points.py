@@ -275,6 +275,14 @@ def test_an_unusable_directory_is_refused(lab: Lab, tmp_path: Path) -> None:
     assert "Traceback" not in outcome.output
 
 
+@pytest.mark.parametrize("flag", ["--save", "--tensorboard-dir"])
+def test_an_output_that_cannot_be_written_is_refused(lab: Lab, tmp_path: Path, shared_memory: Path, flag: str) -> None:
+    (tmp_path / "file").write_text("")
+    outcome = sparse_job(lab, tmp_path / "out", shared_memory, flag, str(tmp_path / "file" / "below")).run()
+    assert outcome.statuses == [2] and f"{flag} {tmp_path}/file/below" in outcome.output, outcome.output
+    assert "Traceback" not in outcome.output
+
+
 def test_total_loss_falls_back_to_the_dense_checkpoint(lab: Lab, tmp_path: Path, shared_memory: Path) -> None:
     save = tmp_path / "dense"
     job = sparse_job(lab, tmp_path, shared_memory, "--save", str(save), "--save-interval", "4")
@@ -285,6 +293,10 @@ def test_total_loss_falls_back_to_the_dense_checkpoint(lab: Lab, tmp_path: Path,
     assert first_iteration(outcome) == 4
     assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == "9"
     assert not (shared_memory / "job").exists(), "the last step is durable, the slots are removed"
+
+    again = sparse_job(lab, tmp_path / "again", shared_memory, "--save", str(save), "--exit-interval", "1").run()
+    assert again.ok and f"--save {save} holds a checkpoint of step 9, which is not used: add --load" in again.output
+    assert "holds a checkpoint" not in outcome.output
 
 
 def test_killed_in_a_dense_save(lab: Lab, tmp_path: Path, shared_memory: Path) -> None:

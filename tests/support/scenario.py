@@ -7,10 +7,11 @@ from typing import Any
 from tests.support.launcher import Outcome
 
 ITERATIONS = 9
+CLIP_GRAD = 0.3
 
 _MODEL = (
     "--use-cpu --distributed-backend gloo --hidden-size 32 --num-attention-heads 2 --seq-length 32 "
-    "--micro-batch-size 1 --lr 3e-3 --lr-decay-style cosine --lr-warmup-iters 3 --clip-grad 0.3 "
+    f"--micro-batch-size 1 --lr 3e-3 --lr-decay-style cosine --lr-warmup-iters 3 --clip-grad {CLIP_GRAD} "
     "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall --split 100,0,0 "
     "--tokenizer-type ByteLevelTokenizer --log-interval 1"
 ).split()

@@ -1,6 +1,7 @@
 """Tests of refusals: the table of unsupported flags, and combinations checked on a configuration."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -184,3 +185,13 @@ def test_a_combination_is_refused_by_its_flag(flag: str, changes: dict[str, obje
 )
 def test_a_combination_is_accepted(changes: dict[str, object]) -> None:
     argument_checks.check(dataclasses.replace(GOOD, **changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["save", "tensorboard_dir", "state_digest"])
+def test_an_output_folder_that_cannot_be_written_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    good = {name: str(tmp_path / "made" / "digest")}
+    argument_checks.check_outputs(dataclasses.replace(GOOD, **good))  # type: ignore[arg-type]
+    bad = {name: str(tmp_path / "file" / "below" / "digest")}
+    with pytest.raises(UsageError, match=f"{training_config.flag_name(name)} .*file/below.*: Not a directory: name a"):
+        argument_checks.check_outputs(dataclasses.replace(GOOD, **bad))  # type: ignore[arg-type]

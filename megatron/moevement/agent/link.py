@@ -184,6 +184,7 @@ class WorkerLink:
             if not self._failed or self._acknowledged or self._abort is None:
                 return
             sockets.shut_down_local_ports(self._store_ports)
+            sockets.break_gloo_listeners(self.world_size)
             # Under the lock: the main thread can't be in the next generation's groups before this returns.
             try:
                 self._abort()

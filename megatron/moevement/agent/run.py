@@ -60,8 +60,11 @@ class _Agent:
             store = connect(options.head[0], port, timedelta(seconds=options.limits.start_seconds))
         except (dist.DistError, OSError, RuntimeError) as error:
             self._starter.close()
-            what = "can't listen there" if is_head else "no head answers there"
-            refuse(PROGRAM, f"--head {':'.join(map(str, options.head))}: {what} ({_first_line(error)})", {})
+            where = f"--head {':'.join(map(str, options.head))}"
+            if is_head:
+                refuse(PROGRAM, f"{where}: can't listen there ({_first_line(error)}); choose another port", {})
+            say(f"stopping: {where}: no head answers there ({_first_line(error)})")
+            raise SystemExit(EXIT_AGAIN) from None
         self._board = Board(store, options.limits.heartbeat_seconds)
         self._number = self._board.enter()
         self._node = Node(self._starter, self._marks, (options.head[0], port), self._post, options.grace_seconds, idle)

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+
+_CONNECT_SECONDS = 1.0
 
 
 def shut_down_sockets(keep_ports: Collection[int] = ()) -> int:
@@ -33,6 +36,36 @@ def shut_down_sockets(keep_ports: Collection[int] = ()) -> int:
                     count += 1
             except OSError:
                 pass  # a listening socket, or one that its owner or its peer closes at this moment
+    return count
+
+
+def break_gloo_listeners(ranks: int) -> int:
+    """Frees a thread that builds a gloo group and waits for a rank that has died.
+
+    Such a thread waits for the other rank's connection, so it has no socket that could be shut. It gets that connection
+    here, closed: a rank that connects says which of the awaited connections it is, by a number of 8 bytes that a group
+    counts from 0.
+
+    Args:
+        ranks: of the largest group.
+
+    Returns:
+        How many listening sockets of this process were connected to.
+    """
+    count = 0
+    for descriptor in descriptors():
+        with _tcp(descriptor) as listener:
+            if listener is None or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                continue
+            count += 1
+            try:
+                for number in range(ranks):
+                    with socket.socket(listener.family) as connection:
+                        connection.settimeout(_CONNECT_SECONDS)
+                        connection.connect(listener.getsockname())
+                        connection.sendall(number.to_bytes(8, sys.byteorder))
+            except OSError:
+                pass  # its owner closes it at this moment, or accepts nothing any more
     return count
 
 

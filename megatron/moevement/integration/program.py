@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron.moevement.agent.link import WorkerLink
+from megatron.moevement.argument_checks import check_outputs
 from megatron.moevement.config import SparseCheckpointConfig
 from megatron.moevement.errors import ConfigError, JobEnded, StoreError
 from megatron.moevement.events import EventLog
@@ -42,6 +43,9 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
     link = WorkerLink.from_environment()
     if link is not None and not sparse.enabled:
         raise ConfigError("--sparse-ckpt is missing: the agent needs it to recover; add it or use torchrun")
+    if restart_count() == 0:
+        # After a restart a save that fails is reported, and never ends training.
+        check_outputs(config)
     topology = distributed.start(config, link)
     try:
         job = build_job(config, topology)
@@ -120,6 +124,8 @@ def _train(job: TrainingJob) -> list[train_loop.IterationOutcome]:
     found = _newest_dense(job, also_save=False)
     if found is not None:
         _load(job, *found)
+    else:
+        _name_unused_checkpoint(job)
     events = EventLog(None, job.topology.rank)
     if job.topology.rank == 0:
         events.listen(ProgressDisplay(ProgressSettings(job.config.train_iters, 1, 1, "plain")))
@@ -162,6 +168,8 @@ def _train_with_manager(
         start = manager.start(None if found is None else found[1])
         if start.source == "dense" and found is not None:
             _load(job, *found)
+        if start.source == "scratch":
+            _name_unused_checkpoint(job)
         if start.source == "slots" and sparse.dense_after_recovery:
             saver.save()
 
@@ -205,6 +213,17 @@ def _newest_dense(job: TrainingJob, also_save: bool) -> tuple[str, int] | None:
         return None
     step, directory = max(candidates)
     return directory, step
+
+
+def _name_unused_checkpoint(job: TrainingJob) -> None:
+    """Says that `--save` holds a checkpoint while training starts from scratch. Collective."""
+    save = job.config.save
+    step = None if save is None else find_dense(save).step
+    if step is not None and job.topology.rank == 0:
+        text = (
+            f"warning: --save {save} holds a checkpoint of step {step}, which is not used: add --load {save} to go on"
+        )
+        print(text, file=sys.stderr, flush=True)
 
 
 def _load(job: TrainingJob, directory: str, step: int) -> None:

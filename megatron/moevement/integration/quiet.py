@@ -11,4 +11,5 @@ import warnings
 def quiet_core_warnings() -> None:
     """Ignore megatron.core's notes about missing packages and torch's about functions that core still uses."""
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\.")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
+    for caller in (r"torch\.distributed\.", r"megatron\.core\."):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=caller)

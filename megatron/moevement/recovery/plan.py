@@ -79,12 +79,37 @@ def slots_to_keep(steps: frozenset[int], loadable_everywhere: int, longest_run: 
     """
     if loadable_everywhere >= 0:
         return frozenset(step for step in steps if step > loadable_everywhere - longest_run)
-    kept: set[int] = set()
-    step = max(steps, default=-1)
-    while step in steps:
-        kept.add(step)
-        step -= 1
-    return frozenset(kept)
+    row = unbroken_row(steps)
+    return frozenset(row.steps) if row is not None else frozenset()
+
+
+def unbroken_row(steps: frozenset[int]) -> Run | None:
+    """The row of slots without a gap that ends at the newest step; None without slots."""
+    if not steps:
+        return None
+    first = last = max(steps)
+    while first - 1 in steps:
+        first -= 1
+    return Run(first, last)
+
+
+def announcement(steps: frozenset[int]) -> tuple[int, int]:
+    """What a rank tells the others of its committed slots: end and negative start of its unbroken row.
+
+    The element-wise minimum over all ranks says which row they have in common (`known_everywhere`).
+    """
+    row = unbroken_row(steps)
+    return (row.last, -row.first) if row is not None else (-1, 0)
+
+
+def known_everywhere(minimum: tuple[int, int], longest_run: int) -> int:
+    """The step at which all ranks can end a window, from the minimum of their announcements; negative if none.
+
+    The newest step of the slowest rank alone would not do: a rank that has lost a slot to a failed copy can end no
+    window near the gap, and the slowest may stand just there.
+    """
+    last, first = minimum[0], -minimum[1]
+    return last if last < 0 or last - longest_run + 1 >= first else -1
 
 
 def iterations_to_keep(iterations: frozenset[int], loadable_everywhere: int, longest_run: int) -> frozenset[int]:

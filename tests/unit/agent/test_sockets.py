@@ -1,7 +1,13 @@
 import socket
+import sys
 import threading
 
-from megatron.moevement.agent.sockets import local_ports_to, shut_down_local_ports, shut_down_sockets
+from megatron.moevement.agent.sockets import (
+    break_gloo_listeners,
+    local_ports_to,
+    shut_down_local_ports,
+    shut_down_sockets,
+)
 
 
 def connection() -> tuple[socket.socket, socket.socket, int]:
@@ -52,3 +58,20 @@ def test_other_sockets_are_left_alone() -> None:
         late.close()
     one.close()
     two.close()
+
+
+def test_a_listener_gets_every_awaited_connection_closed() -> None:
+    heard = list[bytes]()
+
+    def listen(listener: socket.socket) -> None:
+        for _ in range(3):
+            with listener.accept()[0] as connection:
+                heard.append(connection.recv(8))
+                assert connection.recv(1) == b""
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=listen, args=[listener])
+        thread.start()
+        assert break_gloo_listeners(3) >= 1
+        thread.join(60)
+    assert sorted(int.from_bytes(number, sys.byteorder) for number in heard) == [0, 1, 2]

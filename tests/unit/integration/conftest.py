@@ -5,6 +5,7 @@ import socket
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch.distributed as dist
 
 from megatron.moevement.integration import cpu_backend, quiet
 from megatron.moevement.training_config import TrainingConfig
@@ -13,7 +14,7 @@ quiet.quiet_core_warnings()
 cpu_backend.hide_cuda()
 cpu_backend.install()
 
-from megatron.moevement.integration import corpus, distributed, job  # noqa: E402
+from megatron.moevement.integration import corpus, distributed, groups, job  # noqa: E402
 
 MakeConfig = Callable[..., TrainingConfig]
 
@@ -65,12 +66,24 @@ def topology(make_config: MakeConfig) -> Iterator[distributed.Topology]:
     distributed.stop()
 
 
+def follow(topology: distributed.Topology) -> None:
+    """Tests of generations leave other groups behind: the topology of the session goes over to them."""
+    if topology.groups.pp in dist.distributed_c10d._world.pg_map:
+        return
+    held = {name: group for name, group in vars(topology.groups).items() if isinstance(group, dist.ProcessGroup)}
+    now = distributed.topology_of(topology.device, dist.new_group(backend="gloo"))
+    new = {name: getattr(now.groups, name) for name in held}
+    old = {**held, "control": topology.control}
+    groups.rebind(groups.holders([topology], old), old, {**new, "control": now.control})
+
+
 @pytest.fixture
 def build(make_config: MakeConfig, topology: distributed.Topology) -> Callable[..., job.TrainingJob]:
     """Builds a training job at Step 0 from a fresh seed, with changes to its configuration."""
 
     def build_one(**changes: object) -> job.TrainingJob:
         config = make_config(**changes)
+        follow(topology)
         distributed.seed_everything(config.seed)
         return job.build_job(config, topology)
 

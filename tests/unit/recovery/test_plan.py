@@ -4,13 +4,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.moevement.recovery.plan import (
+    announcement,
     common_run,
     is_window,
     iterations_to_keep,
+    known_everywhere,
     newest_run,
     shortest_run,
     slots_to_keep,
+    unbroken_row,
 )
+from megatron.moevement.schedule.slots import SlotSchedule, longest_run
 from megatron.moevement.types import Run, SlotInfo
 
 OPERATORS = frozenset("abc")
@@ -98,3 +102,44 @@ def test_transcripts_reach_back_to_the_first_slot_that_is_kept(window: int, know
 
 def test_without_a_window_every_transcript_stays() -> None:
     assert iterations_to_keep(frozenset({0, 2, 3}), -1, 2) == {0, 2, 3}
+
+
+def test_the_unbroken_row() -> None:
+    assert unbroken_row(frozenset({1, 2, 4, 5, 6})) == Run(4, 6)
+    assert unbroken_row(frozenset({3})) == Run(3, 3)
+    assert unbroken_row(frozenset()) is None
+    assert announcement(frozenset({1, 2, 4, 5, 6})) == (6, -4)
+    assert announcement(frozenset()) == (-1, 0)
+
+
+@st.composite
+def committed(draw: st.DrawFn) -> frozenset[int]:
+    """Steps of slots with up to two gaps."""
+    return frozenset(range(draw(st.integers(0, 3)), draw(st.integers(6, 12)))) - draw(
+        st.frozensets(st.integers(0, 11), max_size=2)
+    )
+
+
+@settings(max_examples=400)
+@given(st.lists(committed(), min_size=1, max_size=3), st.integers(1, 3), st.sampled_from(["fixed", "rolling"]))
+def test_what_is_known_everywhere_is_loadable_everywhere(ranks: list[frozenset[int]], window: int, mode: str) -> None:
+    schedule = SlotSchedule(tuple((name,) for name in "abc"[:window]), mode)
+    specs = {step: schedule.spec(step) for step in range(12)}
+    slots = {step: slot(step, "".join(s.full), "".join(s.weights_only)) for step, s in specs.items()}
+    operators = frozenset("abc"[:window])
+    longest = longest_run(window, mode, False)
+    told = [announcement(steps) for steps in ranks]
+    known = known_everywhere((min(t[0] for t in told), min(t[1] for t in told)), longest)
+    if known >= 0:
+        kept = [slots_to_keep(steps, known, longest) for steps in ranks]
+        run = common_run([({s: slots[s] for s in steps}, operators) for steps in kept])
+        assert run is not None
+        assert run.last >= known
+
+
+def test_the_newest_window_of_the_slowest_rank_need_not_be_anybody_elses() -> None:
+    # Windows of one slot; the first rank has lost the slot of step 8, the second has not come further than it.
+    broken, slow = frozenset({6, 7, 9, 10}), frozenset({6, 7, 8})
+    told = [announcement(broken), announcement(slow)]
+    assert known_everywhere((min(t[0] for t in told), min(t[1] for t in told)), 1) == -1
+    assert min(max(broken), max(slow)) not in broken & slow

@@ -194,7 +194,7 @@ def test_the_newer_of_two_is_used(tmp_path: Path) -> None:
 
 def write_until_killed(path: str) -> None:
     """Writes iterations for ever."""
-    log, iteration = create(Path(path)), 0
+    log, iteration = reopened(Path(path)), 0
     while True:
         write(log, iteration)
         log.truncate(frozenset({iteration - 1, iteration}))
@@ -205,12 +205,14 @@ def test_a_killed_writer_leaves_whole_iterations(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     for number in range(4):
         path = tmp_path / f"t{number}"
-        process = context.Process(target=write_until_killed, args=(str(path),))
+        create(path).close()
+        process = context.Process(target=write_until_killed, args=(str(path),), daemon=True)
         process.start()
-        while not path.exists() or len(TranscriptLog.open(path, DigestPool()).iterations) < 2:
+        while process.is_alive() and max(reopened(path).iterations, default=0) < 5 + number:
             process.join(0.002)
         os.kill(process.pid or 0, signal.SIGKILL)
         process.join()
+        assert process.exitcode == -signal.SIGKILL
         found = reopened(path)
         assert found.iterations
         for iteration in found.iterations:

@@ -1,0 +1,1 @@
+"""The protocol simulator: the decisions of recovery under a fake clock, network and storage."""

@@ -1,0 +1,92 @@
+"""A slot in every iteration: committed, retained, counted when it fails."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.moevement.config import SparseCheckpointConfig
+from megatron.moevement.errors import MoevementError
+from megatron.moevement.events import EventLog
+from megatron.moevement.planning import make_plan
+from megatron.moevement.slot_cycle import SlotCycle, Tools
+from megatron.moevement.slot_memory import SlotMemory
+from megatron.moevement.snapshot.capture import Capture
+from moevement_ext import CopyEngine, DigestPool
+from tests.support.tables import small_table
+from tests.support.toy import ToyState, alone
+
+TABLE = small_table(2, 4)
+
+
+class Lab:
+    """A toy state and its cycle of slots, window 3."""
+
+    def __init__(self, directory: Path, **knobs: Any) -> None:
+        config = SparseCheckpointConfig(enabled=True, directory=directory, window=3, **knobs)
+        self.state, agreement, engine = ToyState(TABLE, 0), alone(), CopyEngine()
+        self.events: list[dict[str, Any]] = []
+        log = EventLog(None, 0)
+        log.listen(self.events.append)
+        self.plan = make_plan(config, self.state, agreement, None, 3)
+        memory = SlotMemory(config, agreement, engine, directory / "slots", 1)
+        self.store = memory.create(self.plan, {"identity": {}, "operators": TABLE.to_json()}, 1)
+        tools = Tools(config, self.state, agreement, engine, DigestPool(1), log)
+        self.cycle = SlotCycle(tools, self.store, self.plan, self.plan.schedule, 0)
+
+    def take(self, step: int, loadable: int = -1) -> None:
+        """The slot of a step."""
+        self.cycle.begin(step, None, loadable)
+        self.cycle.fence()
+
+    def steps(self) -> set[int]:
+        """Committed."""
+        self.cycle.interrupt()
+        return set(self.store.committed)
+
+
+def test_slots_are_kept_as_long_as_a_window_needs_them(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, reorder=False)
+    for step in range(4):
+        lab.take(step)
+    assert lab.steps() == {0, 1, 2, 3} and lab.cycle.loadable == 3
+    lab.take(4, loadable=3)
+    assert lab.steps() == {1, 2, 3, 4}
+    status = lab.cycle.status(4)
+    assert status["memory_used_bytes"] == 4 * lab.plan.memory.slot_bytes and status["failed_slots"] == 0
+    assert status["window"] == 3 and status["window_index"] == 1 and status["oldest_age_steps"] <= 3
+
+
+def test_without_news_the_ring_gives_up_its_oldest_slot(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, reorder=False)
+    for step in range(lab.plan.memory.slots + 2):
+        lab.take(step)
+    assert len(lab.steps()) == lab.plan.memory.slots
+    assert [e["step"] for e in lab.events if e["kind"] == "window_given_up"] == [0, 1]
+
+
+def test_an_interrupted_slot_is_none_and_a_failed_one_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = Lab(tmp_path)
+    lab.take(0)
+    lab.cycle.begin(1, None, -1)
+    assert lab.steps() == {0}
+    with monkeypatch.context() as patch:
+        patch.setattr(Capture, "begin", _refuse)
+        lab.take(1)
+    lab.take(1)
+    assert lab.steps() == {0, 1} and lab.cycle.failed_slots == 1
+    lab.cycle.close()
+
+
+def _refuse(*_: Any) -> int:
+    raise MoevementError("no free slot")
+
+
+def test_it_goes_on_behind_a_recovery(tmp_path: Path) -> None:
+    lab = Lab(tmp_path)
+    lab.cycle.continue_from({step: lab.plan.schedule.spec(step) for step in (4, 5, 6)}, 6)
+    assert lab.cycle.loadable == 6
+    lab.take(6)
+    assert lab.cycle.status(6)["oldest_age_steps"] == 3
