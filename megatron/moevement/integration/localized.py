@@ -131,7 +131,7 @@ class LocalizedTraining:
     def _note_progress(self, event: Mapping[str, Any]) -> None:
         """Replays are watched like iterations; loading slots may take long."""
         if event["kind"] == "recovery_phase":
-            self._link.beat(event["phase"], resting=event["phase"] == phase_log.LOAD)
+            self._link.beat(event["phase"], resting=event["phase"] == Phase.LOAD)
 
     def _agree_to_update(self) -> None:
         self._link.beat("update", self._job.step)
