@@ -22,12 +22,12 @@ from megatron.moevement.schedule.ordering import capture_order, should_reorder
 from megatron.moevement.schedule.slots import SlotSchedule, schedule_of
 from megatron.moevement.schedule.window import divide, slot_bytes
 from megatron.moevement.slot_memory import SlotMemory, together
-from megatron.moevement.snapshot.bandwidth import measure_bandwidth
+from megatron.moevement.snapshot.bandwidth import Chunks
+from megatron.moevement.snapshot.calibration import Calibration
 from megatron.moevement.snapshot.capture import Capture
-from megatron.moevement.snapshot.copy_time import CopyTime
 from megatron.moevement.store.committer import Committed, Committer
 from megatron.moevement.store.host_store import HostStore, discard
-from megatron.moevement.types import IterationRecord, Presence
+from megatron.moevement.types import IterationRecord
 from moevement_ext import CopyEngine, DigestPool
 
 
@@ -46,12 +46,15 @@ class Surroundings:
     """What the manager is told of the job: how it was built and where it runs.
 
     `identity` holds, by flag, every value that slots must have been written with. `ranks_on_node` share the slots'
-    directory. `deterministic` makes a difference between a replay and what was recorded an error.
+    directory. `deterministic` makes a difference between a replay and what was recorded an error. The copy engine works
+    with the best of `chunks`; the model waits for `awaited_copies` small copies to the host in an iteration.
     """
 
     identity: Mapping[str, Any]
     ranks_on_node: int
     deterministic: bool
+    chunks: tuple[Chunks, ...] = (Chunks(4 << 20, 2),)
+    awaited_copies: int = 0
 
 
 # What a rank says it can load while its slots' memory isn't pinned yet; slots are captured once all ranks' memory is.
@@ -94,7 +97,8 @@ class SparseCheckpointManager:
         self._counts: dict[str, int] = {}
         self._loadable = self._loadable_everywhere = -1
         self._iteration_starts: list[float] = []
-        self._copy_time = CopyTime(engine)
+        place, copies = (config.job_directory, agreement.rank), (surroundings.chunks, surroundings.awaited_copies)
+        self._calibration = Calibration(engine, state, *place, *copies)
         # The first order by popularity may come with the first window; `_ordered_at` is then far in the past.
         self._first_step, self._ordered_at = 0, -(1 << 62)
         self._slot_bytes, self._stall_seconds, self._fence_started_time = 0, 0.0, 0.0
@@ -189,8 +193,10 @@ class SparseCheckpointManager:
         self._iteration_starts.append(time.perf_counter())
         if self._store is None:
             self._measure(step)
-        if self._store is None:
-            self._copy_time.begin(self._state.stream())
+        elif not self._calibration.done and self._calibration.iterations >= self._config.measure_iterations:
+            self._calibration.run(self._events)
+        if self._store is None or not self._calibration.done:
+            self._calibration.begin_iteration()
         elif self._capture is None and self._loadable_everywhere > NOT_PINNED:
             self._begin_captures(step)
         if self._schedule is None or self._capture is None:
@@ -208,7 +214,7 @@ class SparseCheckpointManager:
 
     def before_optimizer_step(self) -> None:
         """The fence: returns when every copy of the slot has been read from the device."""
-        self._copy_time.fence()
+        self._calibration.fence()
         if self._capture is None or self._committer is None:
             return
         started, self._fence_started_time = time.perf_counter(), time.time()
@@ -289,13 +295,9 @@ class SparseCheckpointManager:
         if len(times) <= self._config.measure_iterations:
             return
         iteration = statistics.median(after - before for before, after in itertools.pairwise(times[1:]))
-        pieces = [p for o in self._state.table for p in self._state.pieces(o.name, Presence.FULL)]
-        bandwidth = measure_bandwidth(
-            self._engine, pieces, self._config.job_directory, self._agreement.rank, self._state.stream()
-        )
         self._first_step = step
-        copies = statistics.median(self._copy_time.seconds[1:])
-        self._adopt(Measured(bandwidth, iteration, copies), None)
+        found = self._calibration.run(self._events)
+        self._adopt(Measured(found.bytes_per_second, iteration, found.copy_seconds, found.chunks), None)
 
     def _adopt(self, measured: Measured | None, window: int | None) -> None:
         """Makes the plan and takes its memory, on all ranks or on none."""

@@ -8,6 +8,7 @@ from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.schedule.ordering import capture_order
 from megatron.moevement.schedule.slots import SlotSchedule, longest_run, ring_slots
 from megatron.moevement.schedule.window import divide, slot_bytes, smallest_window
+from megatron.moevement.snapshot.bandwidth import Chunks
 from megatron.moevement.snapshot.layout import ALIGNMENT_BYTES
 from megatron.moevement.store.memory_plan import MemoryPlan, manifest_room
 
@@ -16,12 +17,14 @@ from megatron.moevement.store.memory_plan import MemoryPlan, manifest_room
 class Measured:
     """What `auto` plans with: device-to-host bytes per second of this rank, and seconds of an iteration.
 
-    `copy_seconds` are those of an iteration in which a slot can be copied: all but the optimizer step.
+    `copy_seconds` are those of an iteration in which a slot can be copied: all but the optimizer step. `chunks` is what
+    the engine copies in.
     """
 
     bytes_per_second: float
     iteration_seconds: float
     copy_seconds: float
+    chunks: Chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,4 +111,7 @@ def describe(plan: SparsePlan, state: TrainingState, config: SparseCheckpointCon
             "the optimizer step: the worst slot "
             + ("fits into one" if fits else "does not fit: expect a stall, see --sparse-ckpt-max-window")
         )
+        chunks = plan.measured.chunks
+        how = "forced" if config.chunk_mib and config.chunks_in_flight else "the best for this link and this model"
+        lines.append(f"copies           in chunks of {chunks.nbytes / MIB:g} MiB, {chunks.in_flight} in flight ({how})")
     return lines

@@ -56,8 +56,8 @@ def test_every_knob_has_a_flag_of_its_own_and_a_text() -> None:
     [
         ("max_window", 0),
         ("measure_iterations", 1),
-        ("chunk_mib", 0),
-        ("chunks_in_flight", 0),
+        ("chunk_mib", 1025),
+        ("chunks_in_flight", -1),
         ("host_memory_gib", -0.1),
         ("bandwidth_gib_per_second", -1.0),
         ("dense_interval", -1),
