@@ -22,7 +22,7 @@ from megatron.moevement.schedule.ordering import capture_order, should_reorder
 from megatron.moevement.schedule.slots import SlotSchedule, schedule_of
 from megatron.moevement.schedule.window import divide, slot_bytes
 from megatron.moevement.slot_memory import SlotMemory, together
-from megatron.moevement.snapshot.bandwidth import Chunks
+from megatron.moevement.snapshot.bandwidth import Chunks, measure_digests
 from megatron.moevement.snapshot.calibration import Calibration
 from megatron.moevement.snapshot.capture import Capture
 from megatron.moevement.store.committer import Committed, Committer
@@ -297,7 +297,8 @@ class SparseCheckpointManager:
         iteration = statistics.median(after - before for before, after in itertools.pairwise(times[1:]))
         self._first_step = step
         found = self._calibration.run(self._events)
-        self._adopt(Measured(found.bytes_per_second, iteration, found.copy_seconds, found.chunks), None)
+        rates = (found.bytes_per_second, iteration, found.copy_seconds, found.chunks)
+        self._adopt(Measured(*rates, measure_digests(self._digests)), None)
 
     def _adopt(self, measured: Measured | None, window: int | None) -> None:
         """Makes the plan and takes its memory, on all ranks or on none."""

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron.moevement.operators.state import MemoryRange
-from moevement_ext import CopyEngine, EngineError, HostRegion
+from moevement_ext import CopyEngine, DigestPool, EngineError, HostRegion
 
 MEASURE_BYTES_LIMIT = 256 << 20
+DIGEST_MEASURE_BYTES = 128 << 20
 REPEATS = 3
 TIMEOUT_SECONDS = 600.0
 
@@ -83,6 +84,19 @@ def measure_bandwidth(
         region.close()
         path.unlink(missing_ok=True)
     return rates
+
+
+def measure_digests(pool: DigestPool | None) -> float:
+    """Bytes per second that `pool` digests in host memory when nothing else runs; without a pool there is no limit."""
+    if pool is None:
+        return float("inf")
+    memory = np.ones(DIGEST_MEASURE_BYTES, dtype=np.uint8)
+    seconds = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        pool.digest(memory.ctypes.data, memory.nbytes)
+        seconds.append(time.perf_counter() - started)
+    return memory.nbytes / sorted(seconds)[REPEATS // 2]
 
 
 def choose_chunks(rates: Mapping[Chunks, float], awaited_copies: int, copy_seconds: float) -> Chunks:

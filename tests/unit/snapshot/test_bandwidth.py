@@ -7,8 +7,8 @@ import pytest
 
 from megatron.moevement.operators.state import MemoryRange
 from megatron.moevement.snapshot import bandwidth
-from megatron.moevement.snapshot.bandwidth import Chunks, choose_chunks, measure_bandwidth
-from moevement_ext import CopyEngine, EngineError
+from megatron.moevement.snapshot.bandwidth import Chunks, choose_chunks, measure_bandwidth, measure_digests
+from moevement_ext import CopyEngine, DigestPool, EngineError
 
 MIB = 1 << 20
 CHUNKS = Chunks(64 * 1024, 2)
@@ -75,3 +75,10 @@ def test_with_nothing_to_weigh_the_smallest_of_the_best_is_chosen() -> None:
     assert choose_chunks({LARGE: 5e10, SMALL: 5e10}, 0, 0.3) == SMALL
     assert choose_chunks({LARGE: float("inf"), SMALL: float("inf")}, 9, 0.3) == SMALL
     assert choose_chunks({SMALL: 4e10, LARGE: 5e10}, 9, 0.0) == LARGE
+
+
+def test_digests_are_measured_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bandwidth, "DIGEST_MEASURE_BYTES", MIB)
+    assert measure_digests(None) == float("inf")
+    with DigestPool() as pool:
+        assert 0 < measure_digests(pool) < float("inf")
