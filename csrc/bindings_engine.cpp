@@ -176,7 +176,7 @@ void bind_engine(py::module_& module) {
 device: 'cpu' or 'cuda'. chunk_bytes: bytes a chunk. chunks_in_flight: chunks started and not over, of all tickets.
 max_queued_tickets: unfinished tickets, running ones included. max_finished_tickets: finished tickets that can
 still be asked for; older ones are dropped. bytes_per_second_limit: 0 is none. burst_chunks_in_flight: chunks in flight
-for hurried tickets, 0 is twice chunks_in_flight (64 at most). max_chunk_bytes: the most that set_chunks may ask for; a
+for hurried tickets, if that is more than chunks_in_flight (64 at most). max_chunk_bytes: the most that set_chunks may ask for; a
 larger chunk_bytes raises it. gather_bytes_limit: device memory through which small pieces travel together, 0 is none.
 copy_streams: CUDA streams on which chunks take turns (1 to 8), each chunk behind the one before; with one only, other
 copies of the process can be held up until the engine is idle.

@@ -47,8 +47,8 @@ class SparseCheckpointConfig:
     window: int | None = _knob(
         None,
         "--sparse-ckpt-window",
-        "Slots in a window (W), or `auto`: the smallest W whose worst slot can be copied within one iteration at the "
-        "measured bandwidth (the paper's Algorithm 1 with real operator sizes).",
+        "Slots in a window (W), or `auto`: the smallest W whose worst slot can be copied before the optimizer step and "
+        "digested within an iteration, as measured (the paper's Algorithm 1 with real operator sizes).",
         type=window_argument,
         metavar="W|auto",
         unit="slots",
