@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.moevement.errors import MoevementError
-from megatron.moevement.operators.state import MemoryRange, RecordedOperator
+from megatron.moevement.operators.state import MemoryRange, RecordedOperator, nothing
 from megatron.moevement.operators.table import OperatorTable
 from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.types import IterationRecord, OperatorKind, Presence, StartState
@@ -94,9 +94,12 @@ class ToyState(MemoryState):
         ctypes.memmove(self.buffer, buffers[0].address, BUFFER.nbytes)
         self.step = state.step
 
-    def replay(self, record: IterationRecord, frozen: frozenset[str]) -> IterationRecord:
+    def replay(
+        self, record: IterationRecord, frozen: frozenset[str], before_update: Callable[[], None] = nothing
+    ) -> IterationRecord:
         """See TrainingState."""
         assert self.step == record.iteration
+        before_update()
         return self.train(record.learning_rates[0], frozen)
 
     def differing_weights(self, operators: Sequence[RecordedOperator]) -> tuple[str, ...]:

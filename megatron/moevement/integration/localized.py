@@ -23,8 +23,9 @@ from megatron.moevement.integration.operator_state import OperatorState
 from megatron.moevement.integration.optimizer_setup import inner_optimizers
 from megatron.moevement.integration.transcription import Transcription
 from megatron.moevement.manager import SparseCheckpointManager
-from megatron.moevement.recovery import phase_log
 from megatron.moevement.recovery.decide import Decision, Offer, Position, SegmentPlan, decide
+from megatron.moevement.recovery.phase_log import PhaseLog
+from megatron.moevement.recovery.phases import Phase
 from megatron.moevement.recovery.scope import Grid, closure
 from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.types import IterationRecord
@@ -55,7 +56,7 @@ class LocalizedTraining:
     ) -> None:
         self._job, self._state, self._manager, self._sparse = job, state, manager, hooks
         self._transcription, self._link, self._events = transcription, link, events
-        self._phases = phase_log.PhaseLog(events)
+        self._phases = PhaseLog(events)
         self._agreement = Agreement(job.topology.control)
         users = (self._agreement, state, manager, hooks, transcription)
         self._generations = Generations(job, link, users)
@@ -96,7 +97,7 @@ class LocalizedTraining:
                     raise
                 self._events.emit("failure_noticed", step=self._job.step, reason=str(error).split("\n")[0][:200])
             first = False
-            self._phases.enter(phase_log.LEAVE)
+            self._phases.enter(Phase.LEAVE)
             self._generations.leave()
 
     def _begin(self, begin: Callable[[], None]) -> None:
@@ -130,21 +131,24 @@ class LocalizedTraining:
     def _note_progress(self, event: Mapping[str, Any]) -> None:
         """Replays are watched like iterations; loading slots may take long."""
         if event["kind"] == "recovery_phase":
-            self._link.beat(event["phase"], resting=event["phase"] == phase_log.LOAD)
+            self._link.beat(event["phase"], resting=event["phase"] == Phase.LOAD)
 
     def _agree_to_update(self) -> None:
         self._link.beat("update", self._job.step)
+        # A collective that NCCL aborted returns without an error, and with any values: they must not count as decided.
+        self._link.check()
+        self._settled = self._job.step
         self._agreement.barrier()
 
     # ------------------------------------------------------------------------------------------------ recovery
 
     def _recover(self, begin: Callable[[], None]) -> None:
         self._link.beat("joins")
-        self._phases.enter(phase_log.JOIN)
+        self._phases.enter(Phase.JOIN)
         injection.reached("join")
         self._generations.join()
         self._transcription.log_from_now_on()
-        self._phases.enter(phase_log.AGREE)
+        self._phases.enter(Phase.AGREE)
         self._link.beat("agrees")
         injection.reached("agree")
         grid, offers = self._offers()
@@ -178,7 +182,7 @@ class LocalizedTraining:
         stood = self._agreement.gather((phases.seconds, phases.replayed))
         longest: dict[str, float] = {}
         for seconds, _ in stood:
-            for phase in seconds.keys() - {phase_log.MEET}:
+            for phase in seconds.keys() - {Phase.MEET}:
                 longest[phase] = max(longest.get(phase, 0.0), seconds[phase])
         self._events.emit(
             "resumed",
@@ -191,13 +195,15 @@ class LocalizedTraining:
             phase_seconds=phases.seconds,
             longest_phase_seconds=longest,
         )
-        phases.enter(phase_log.TRAIN)
+        phases.enter(Phase.TRAIN)
         self._replaced.clear()
 
     def _offers(self) -> tuple[Grid, Sequence[Offer]]:
         """Where all ranks stand, and what each can give."""
         job = self._job
         step = job.step if self._clean else None
+        if job.decided is not None and self._settled != job.step:
+            job.decided = None
         position = Position.FINAL if self._clean and job.decided is not None else Position.RUNNING
         pipelines = dist.get_process_group_ranks(job.topology.groups.pp)
         standings = self._agreement.gather((job.topology.pipeline_rank, pipelines, step, self._replaced))
@@ -247,7 +253,7 @@ class LocalizedTraining:
                 break
         else:
             self._stand_by(decision)
-        self._phases.enter(phase_log.MEET)
+        self._phases.enter(Phase.MEET)
         last = self._job.history[-1] if self._job.history else None
         record = records.get(decision.target - 1)
         if record is None and last is not None and last.iteration == decision.target - 1:
@@ -263,7 +269,7 @@ class LocalizedTraining:
         injection.reached("wait")
         rank = job.topology.rank
         if rank in decision.roll_forward:
-            self._phases.enter(phase_log.ROLL_FORWARD)
+            self._phases.enter(Phase.ROLL_FORWARD)
             injection.reached("roll_forward", decision.target - 1)
             train_loop.apply_decided(job)
             job.reset_temporary_state()
@@ -274,7 +280,7 @@ class LocalizedTraining:
                 chunk.start_param_sync(force_sync=True)
         replays = [[(i, p) for i in range(p.run.first, decision.target)] for p in decision.segments]
         served = [len(turns) for turns, plan in zip(replays, decision.segments, strict=True) if rank in plan.feeders]
-        self._phases.enter(phase_log.SERVE if served else phase_log.MEET, sum(served))
+        self._phases.enter(Phase.SERVE if served else Phase.MEET, sum(served))
         for turn in itertools.zip_longest(*replays):
             for iteration, plan in filter(None, turn):
                 injection.reached("serve", iteration)
@@ -317,7 +323,7 @@ class LocalizedTraining:
         self._transcription.forget()
         job.history[:] = [outcome for outcome in job.history if outcome.iteration < job.step]
         self._clean = True
-        self._phases.enter(phase_log.MEET)
+        self._phases.enter(Phase.MEET)
 
 
 def _stages(decision: Decision) -> list[int]:

@@ -4,11 +4,9 @@ import time
 from typing import Any
 
 from megatron.moevement.events import EventLog
+from megatron.moevement.recovery.phases import Phase
 
-TRAIN, LEAVE, JOIN, AGREE, LOAD = "train", "leave", "join", "agree", "load"
-CONVERT, CATCH_UP, SERVE, ROLL_FORWARD, MEET = "convert", "catch_up", "serve", "roll_forward", "meet"
-ORDER = (LEAVE, JOIN, AGREE, LOAD, CONVERT, CATCH_UP, ROLL_FORWARD, SERVE, MEET)
-REPLAYING = frozenset({CONVERT, CATCH_UP})
+REPLAYING = frozenset({Phase.CONVERT, Phase.CATCH_UP})
 
 
 class PhaseLog:
@@ -22,7 +20,7 @@ class PhaseLog:
 
     def __init__(self, events: EventLog) -> None:
         self._events = events
-        self._phase, self._done, self._of, self._target = TRAIN, 0, 0, 0
+        self._phase, self._done, self._of, self._target = Phase.TRAIN, 0, 0, 0
         self._since = self._started = time.perf_counter()
         self._seconds: dict[str, float] = {}
         self._replayed = 0
@@ -44,11 +42,11 @@ class PhaseLog:
         """Iterations that this rank has replayed since that failure, those of interrupted replays included."""
         return self._replayed
 
-    def enter(self, phase: str, iterations: int = 0) -> None:
+    def enter(self, phase: Phase, iterations: int = 0) -> None:
         """A phase begins, if it hasn't yet; `iterations` is how many it replays or serves."""
         if phase == self._phase:
             return
-        if self._phase == TRAIN:
+        if self._phase == Phase.TRAIN:
             self._started, self._seconds, self._replayed = time.perf_counter(), {}, 0
         else:
             self._seconds = self.seconds
@@ -58,7 +56,7 @@ class PhaseLog:
     def load(self, target: int) -> None:
         """LOAD begins, of a replay that ends at Step `target`."""
         self._target = target
-        self.enter(LOAD)
+        self.enter(Phase.LOAD)
 
     def advance(self, iteration: int) -> None:
         """An iteration of the phase is done."""
@@ -71,9 +69,11 @@ class PhaseLog:
 
     def _hear(self, event: dict[str, Any]) -> None:
         kind = event["kind"]
-        if self._phase == LOAD and kind == "recovery_started" and event["replays"]:
-            self.enter(CONVERT, event["replays"])
+        if self._phase == Phase.LOAD and kind == "recovery_started" and event["replays"]:
+            self.enter(Phase.CONVERT, event["replays"])
         elif self._phase in REPLAYING and kind == "conversion" and event["replayed"]:
             self.advance(event["step"])
-        elif self._phase in (LOAD, CONVERT) and kind == "recovery_finished" and event["step"] < self._target:
-            self.enter(CATCH_UP, self._target - event["step"])
+        elif (
+            self._phase in (Phase.LOAD, Phase.CONVERT) and kind == "recovery_finished" and event["step"] < self._target
+        ):
+            self.enter(Phase.CATCH_UP, self._target - event["step"])

@@ -1,6 +1,6 @@
 """A recovery in words, from the events of one rank."""
 
-from megatron.moevement.recovery import phase_log
+from megatron.moevement.recovery.phases import Phase
 from megatron.moevement.report.read_events import Event
 from megatron.moevement.report.recoveries import listed
 
@@ -11,18 +11,18 @@ RECOVERY_KINDS = frozenset(
     }
 )
 PHASE_WORDS = {
-    phase_log.LEAVE: "leaving",
-    phase_log.JOIN: "joining",
-    phase_log.AGREE: "agreeing",
-    phase_log.LOAD: "loading slots",
-    phase_log.CONVERT: "converting",
-    phase_log.CATCH_UP: "catching up",
-    phase_log.SERVE: "serving",
-    phase_log.ROLL_FORWARD: "rolling forward",
-    phase_log.MEET: "waiting for the others",
+    Phase.LEAVE: "leaving",
+    Phase.JOIN: "joining",
+    Phase.AGREE: "agreeing",
+    Phase.LOAD: "loading slots",
+    Phase.CONVERT: "converting",
+    Phase.CATCH_UP: "catching up",
+    Phase.SERVE: "serving",
+    Phase.ROLL_FORWARD: "rolling forward",
+    Phase.MEET: "waiting for the others",
 }
 # Phases whose iterations are worth a line each; those of a conversion have the lines of their slots.
-_COUNTED = {phase_log.CATCH_UP: "replayed", phase_log.SERVE: "served its transcript of"}
+_COUNTED = {Phase.CATCH_UP: "replayed", Phase.SERVE: "served its transcript of"}
 
 
 class RecoveryNarration:
@@ -61,7 +61,7 @@ class RecoveryNarration:
         self.now, self.progress = PHASE_WORDS.get(phase, ""), (done, of)
         if done and phase in _COUNTED:
             return [f"  {self.now} {done}/{of}: {_COUNTED[phase]} iteration {event['iteration'] + 1}"]
-        if phase == phase_log.ROLL_FORWARD:
+        if phase == Phase.ROLL_FORWARD:
             return ["  rolling forward: the update is finished from the recorded decision"]
         return []
 
@@ -92,7 +92,7 @@ class RecoveryNarration:
         self.now, self.progress = "", (0, 0)
         self.last = f"step {event['step']}, {event['replayed']} replays, {event['seconds']:.1f} s"
         longest = event["longest_phase_seconds"]
-        seconds = ", ".join(f"{phase} {longest[phase]:.1f}" for phase in phase_log.ORDER if phase in longest)
+        seconds = ", ".join(f"{phase} {longest[phase]:.1f}" for phase in Phase if phase in longest)
         return [
             (
                 f"recovery: training goes on at step {event['step']} after {event['seconds']:.1f} s; "

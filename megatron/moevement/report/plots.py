@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from megatron.moevement.recovery.phase_log import CATCH_UP, CONVERT
+from megatron.moevement.recovery.phases import Phase
 from megatron.moevement.report.read_events import Event
 from megatron.moevement.report.recoveries import LocalRecovery
 from megatron.moevement.report.summary import Outcome
@@ -125,9 +125,9 @@ def _draw_replays(axes: Axes, data: LossPlot) -> None:
         _cell(axes, int(event["iteration"]) + 1, 0, BLUE)
     labels = ["training"]
     for row, recovery in enumerate(data.recoveries, start=1):
-        for number in recovery.replayed(CATCH_UP):
+        for number in recovery.replayed(Phase.CATCH_UP):
             _cell(axes, number + 1, row, YELLOW)
-        for number in recovery.replayed(CONVERT):
+        for number in recovery.replayed(Phase.CONVERT):
             _cell(axes, number + 1, row, ORANGE, "////")
         labels.append(f"recovery {row}\n{recovery.who}" + " alone" * (recovery.source == "local"))
         own = [kill for kill in data.kills if kill.recovery == row - 1]

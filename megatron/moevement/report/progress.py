@@ -133,6 +133,8 @@ class ProgressDisplay:
             if not event["ok"]:
                 return [f"dense checkpoint of step {event['step']} failed, training goes on: {event['error']}"]
             return [f"dense checkpoint of step {event['step']}: {_bytes(event['nbytes'])} in {event['seconds']:.2f} s"]
+        if kind == "injected":
+            return [f"fault injected: {event['fault']}"]
         if kind == "reorder":
             refused = ", refused: the new order's slots would not fit" if event["refused"] else ""
             return [f"order of experts changed at step {event['step']}{refused}"]

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron.moevement.recovery import phase_log
+from megatron.moevement.recovery.phases import Phase
 from megatron.moevement.report.read_events import Event
 
 # What a rank does between a kill and the first word of the process that replaces it.
@@ -107,7 +107,7 @@ def stages(events: Sequence[Event]) -> dict[int, int]:
 def _recovery(events: Sequence[Event], after: float, end: float, kills: Sequence[Kill]) -> LocalRecovery:
     own = tuple(kill for kill in kills if after < kill.time <= end)
     resumed = next(e for e in reversed(events) if e["kind"] == "resumed")
-    noticed = [float(e["time"]) for e in events if e["kind"] == "recovery_phase" and e["phase"] != phase_log.TRAIN]
+    noticed = [float(e["time"]) for e in events if e["kind"] == "recovery_phase" and e["phase"] != Phase.TRAIN]
     decisions: dict[int, Event] = {}
     for event in events:
         if event["kind"] == "decision":
@@ -136,13 +136,13 @@ def _spans(rank: int, events: Sequence[Event], kills: Sequence[Kill], end: float
         if event["kind"] == "recovery_phase":
             iteration = int(event["iteration"]) if event["done"] else -1
             changes.append((float(event["time"]), event["phase"], iteration))
-    phase, started, iterations = phase_log.TRAIN, 0.0, list[int]()
+    phase, started, iterations = str(Phase.TRAIN), 0.0, list[int]()
     for time, following, iteration in sorted(changes, key=lambda change: change[0]):
         if iteration >= 0:
             iterations.append(iteration)
             continue
-        if phase != phase_log.TRAIN and time > started:
+        if phase != Phase.TRAIN and time > started:
             yield PhaseSpan(rank, phase, started, time, tuple(iterations))
         phase, started, iterations = following, time, []
-    if phase != phase_log.TRAIN and started < end:
+    if phase != Phase.TRAIN and started < end:
         yield PhaseSpan(rank, phase, started, end, tuple(iterations))

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from megatron.moevement.recovery import phase_log
+from megatron.moevement.recovery.phases import Phase
 from megatron.moevement.report.plots import (
     BLUE,
     DPI,
@@ -28,17 +28,17 @@ from megatron.moevement.report.recoveries import DEAD, LocalRecovery, PhaseSpan,
 _WAITS, _AGREES = "#dfe4ea", "#8c959f"
 COLOURS: Mapping[str, str] = {
     DEAD: "white",
-    phase_log.LEAVE: _WAITS,
-    phase_log.JOIN: _WAITS,
-    phase_log.AGREE: _AGREES,
-    phase_log.LOAD: BLUE,
-    phase_log.CONVERT: ORANGE,
-    phase_log.CATCH_UP: YELLOW,
-    phase_log.SERVE: GREEN,
-    phase_log.ROLL_FORWARD: BLUE,
-    phase_log.MEET: _WAITS,
+    Phase.LEAVE: _WAITS,
+    Phase.JOIN: _WAITS,
+    Phase.AGREE: _AGREES,
+    Phase.LOAD: BLUE,
+    Phase.CONVERT: ORANGE,
+    Phase.CATCH_UP: YELLOW,
+    Phase.SERVE: GREEN,
+    Phase.ROLL_FORWARD: BLUE,
+    Phase.MEET: _WAITS,
 }
-_HATCHES: Mapping[str, str] = {DEAD: "xxxx", phase_log.CONVERT: "////"}
+_HATCHES: Mapping[str, str] = {DEAD: "xxxx", Phase.CONVERT: "////"}
 # Training on either side of a recovery that is shown, as a share of the recovery.
 _MARGIN_SHARE = 0.06
 # What a letter needs, and the edges of a text, as shares of the recovery.
@@ -103,7 +103,7 @@ def _bar(axes: Axes, row: int, span: PhaseSpan, origin: float, length: float) ->
     )
     text = _text(span)
     if text and width > (_LETTER_SHARE * len(text) + _EDGE_SHARE) * length:
-        dark = span.phase in (phase_log.LOAD, phase_log.SERVE, phase_log.ROLL_FORWARD)
+        dark = span.phase in (Phase.LOAD, Phase.SERVE, Phase.ROLL_FORWARD)
         axes.text(
             left + width / 2,
             row,
@@ -121,7 +121,7 @@ def _text(span: PhaseSpan) -> str:
     if span.iterations:
         first, last = span.iterations[0] + 1, span.iterations[-1] + 1
         return f"{first} to {last}" if last > first else f"{first}"
-    return {DEAD: "no process", phase_log.MEET: "waits", phase_log.JOIN: "waits"}.get(span.phase, "")
+    return {DEAD: "no process", Phase.MEET: "waits", Phase.JOIN: "waits"}.get(span.phase, "")
 
 
 def _title(number: int, recovery: LocalRecovery) -> str:
@@ -138,9 +138,9 @@ def _legend() -> list[Patch]:
         (COLOURS[DEAD], _HATCHES[DEAD], "killed"),
         (_WAITS, "", "waits"),
         (_AGREES, "", "agrees"),
-        (COLOURS[phase_log.LOAD], "", "loads, rolls forward"),
-        (COLOURS[phase_log.CONVERT], _HATCHES[phase_log.CONVERT], "converts (iterations)"),
-        (COLOURS[phase_log.CATCH_UP], "", "catches up"),
-        (COLOURS[phase_log.SERVE], "", "serves its transcript"),
+        (COLOURS[Phase.LOAD], "", "loads, rolls forward"),
+        (COLOURS[Phase.CONVERT], _HATCHES[Phase.CONVERT], "converts (iterations)"),
+        (COLOURS[Phase.CATCH_UP], "", "catches up"),
+        (COLOURS[Phase.SERVE], "", "serves its transcript"),
     )
     return [Patch(facecolor=c, hatch=h, edgecolor=MUTED if c == "white" else "white", label=t) for c, h, t in rows]
