@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,8 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
     if restart_count() == 0:
         # After a restart a save that fails is reported, and never ends training.
         check_outputs(config)
+    if link is not None:
+        _allow_descriptors()
     topology = distributed.start(config, link)
     try:
         job = build_job(config, topology)
@@ -67,6 +70,12 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
     finally:
         if link is not None:
             link.close()
+
+
+def _allow_descriptors() -> None:
+    """As many as the system permits: every generation of process groups opens some hundred, and not all are closed."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _first_line(error: RuntimeError) -> str:
