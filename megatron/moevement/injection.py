@@ -40,6 +40,7 @@ POINTS = (
     "forward",
     "backward",
     "before_optimizer",
+    "decided",
     "optimizer",
     "updated",
     "after_optimizer",
@@ -245,6 +246,9 @@ class Marks:
         """Forgets all of this rank's."""
         for path in self.directory.glob(f"{self._prefix}*"):
             path.unlink(missing_ok=True)
+        # The last one to leave an empty directory removes it.
+        with contextlib.suppress(OSError):
+            self.directory.rmdir()
 
     @property
     def _prefix(self) -> str:

@@ -189,6 +189,9 @@ class SparseCheckpointManager:
             self._cycle.close()
         if self._store is not None:
             self._memory.give_back(self._store, keep=True)
+        if self._found.store is not None and self._found.store is not self._store:
+            self._found.store.close()
+        self._found = Found(None, "no slots")
         self._store = self._cycle = self._record = None
         self._records.clear()
         self._loadable_everywhere = -1

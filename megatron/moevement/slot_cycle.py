@@ -53,6 +53,9 @@ NO_SLOTS: Mapping[str, Any] = {
 }
 
 
+_NEVER = -1
+
+
 class SlotCycle:
     """Takes a slot in every iteration.
 
@@ -82,6 +85,8 @@ class SlotCycle:
             if step < last:
                 self._age.note(step, specs[step].full)
         self._order.restart(last)
+        # Whoever kept its state while this stage recovered leaves no window out: the question is collective.
+        self._first_step = _NEVER
 
     @property
     def announcement(self) -> tuple[int, int]:

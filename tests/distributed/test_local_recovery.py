@@ -26,6 +26,7 @@ POINTS = (
     "backward:0",
     "backward:5",
     "before_optimizer",
+    "decided",
     "optimizer",
     "updated",
     "after_optimizer",
@@ -83,7 +84,7 @@ def assert_local(campaign: Campaign, deaths: int, mode: str) -> None:
     for recovery in recoveries:
         replaced = {r for r, lives in campaign.processes.items() if recovery.generation in generations(lives)}
         # One rank a stage: ranks are stages. What is replayed is the stages that were lost, and nothing else.
-        scope = {stage for segment in recovery.decision["stages"] for stage in segment}
+        scope = set(recovery.decision["scope"])
         assert set(recovery.replays) <= scope and replaced <= scope
         assert all(len(steps) <= bound for steps in recovery.replays.values()), recovery
 
@@ -160,4 +161,4 @@ def test_failures_in_every_phase_of_a_recovery(lab: Lab, tmp_path: Path, shared_
     assert_exact(lab, scenario, campaign)
     completed = campaign.completed()
     assert [recovery.decision["source"] for recovery in completed] == ["local"] * len(completed), campaign.output
-    assert [[0], [2]] in [recovery.decision["stages"] for recovery in completed]
+    assert [[0], [2]] in [recovery.segments for recovery in completed], "stages apart recover apart"

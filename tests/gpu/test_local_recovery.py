@@ -20,8 +20,8 @@ MODEL = (
     "--num-layers 4 --hidden-size 256 --num-attention-heads 4 --seq-length 256 --num-experts 8 --moe-router-topk 2 "
     "--moe-aux-loss-coeff 0.01 --moe-token-dispatcher-type alltoall --bf16 --clip-grad 1.0 --micro-batch-size 1 "
     "--global-batch-size 8 --lr 2e-3 --lr-warmup-iters 3 --deterministic-mode --split 100,0,0 "
-    "--untie-embeddings-and-output-weights --tokenizer-type ByteLevelTokenizer --hidden-dropout 0.1 "
-    f"--attention-dropout 0.1 --train-iters {ITERATIONS}"
+    "--untie-embeddings-and-output-weights --disable-bias-linear --tokenizer-type ByteLevelTokenizer "
+    f"--hidden-dropout 0.1 --attention-dropout 0.1 --train-iters {ITERATIONS}"
 )
 GPUS = torch.cuda.device_count()
 LAYOUTS = [pytest.param("gloo", 2, 2, id="gloo-pp2-ep2")]

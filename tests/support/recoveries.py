@@ -38,6 +38,11 @@ class Recovery:
     replays: dict[int, list[int]] = field(default_factory=dict)
     finished: set[int] = field(default_factory=set)
 
+    @property
+    def segments(self) -> list[list[int]]:
+        """Stages that replayed together."""
+        return [list(segment["stages"]) for segment in self.decision["segments"]]
+
 
 @dataclass
 class Campaign:

@@ -25,8 +25,9 @@ def _mixed(numbers: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=8)
-def _keys(device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(_mixed(np.arange(BLOCK_WORDS, dtype=np.uint64))).to(device)
+def _keys(device: torch.device, words: int) -> torch.Tensor:
+    # No more than are needed: a replacement makes them while all others wait for its first replay.
+    return torch.from_numpy(_mixed(np.arange(words, dtype=np.uint64))).to(device)
 
 
 @lru_cache(maxsize=4096)
@@ -42,7 +43,8 @@ def fingerprint(tensor: torch.Tensor, result: torch.Tensor) -> None:
         padded = torch.zeros(-(-nbytes // 4) * 4, dtype=torch.uint8, device=flat.device)
         padded[:nbytes] = flat.view(torch.uint8)
         flat = padded
-    keys = _keys(flat.device)
+    needed = min(flat.numel() * flat.element_size() // 4, BLOCK_WORDS)
+    keys = _keys(flat.device, 1 << max(needed - 1, 0).bit_length())
     result.fill_(nbytes)
     for number, words in enumerate(flat.view(torch.int32).split(BLOCK_WORDS)):
         result.add_((words.to(torch.int64) * keys[: words.numel()]).sum(), alpha=_block_key(number))

@@ -81,7 +81,7 @@ class Generations:
         # While the others are waited for.
         found = groups.holders([self._job, *self._users], self._held)
         self._link.next_generation()
-        self._link.beat("connects", resting=True)
+        self._link.beat("connects")
         control = distributed.connect(self._job.config, self._link.store())
         new = {**groups.named_groups(), _CONTROL: control}
         groups.rebind(found, self._held, new)

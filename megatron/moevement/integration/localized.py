@@ -7,6 +7,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch.distributed as dist
 
@@ -64,6 +65,7 @@ class LocalizedTraining:
         # Ranks whose processes were replaced since training last went on.
         self._replaced: set[int] = {link.rank} if link.replacement else set()
         job.agree_to_update = self._agree_to_update
+        events.listen(self._note_progress)
 
     def run(self, begin: Callable[[], None], train: Callable[[], None]) -> None:
         """Trains to the end.
@@ -86,6 +88,9 @@ class LocalizedTraining:
                 else:
                     self._recover(begin)
                 train()
+                # Nobody ends while another may still need what this rank holds.
+                self._link.beat("ends")
+                self._agreement.barrier()
                 return
             except (RuntimeError, PeerLost, TranscriptInvalid) as error:
                 if not isinstance(error, TranscriptInvalid) and not self._generations.is_failure(error):
@@ -121,6 +126,12 @@ class LocalizedTraining:
         """Hands over the record; what follows may write files."""
         self._link.beat("end of the iteration", iteration, resting=True)
         self._sparse.after_optimizer_step(iteration, outcome)
+        self._link.beat("between iterations", iteration)
+
+    def _note_progress(self, event: Mapping[str, Any]) -> None:
+        """Replays are watched like iterations; loading slots may take long."""
+        if event["kind"] == "recovery_phase":
+            self._link.beat(event["phase"], resting=event["phase"] == Phase.LOAD)
 
     def _agree_to_update(self) -> None:
         self._link.beat("update", self._job.step)
@@ -132,12 +143,13 @@ class LocalizedTraining:
     # ------------------------------------------------------------------------------------------------ recovery
 
     def _recover(self, begin: Callable[[], None]) -> None:
-        self._link.beat("joins", resting=True)
+        self._link.beat("joins")
         self._phases.enter(Phase.JOIN)
         injection.reached("join")
         self._generations.join()
         self._transcription.log_from_now_on()
         self._phases.enter(Phase.AGREE)
+        self._link.beat("agrees")
         injection.reached("agree")
         grid, offers = self._offers()
         decision = decide(grid, offers)
@@ -198,7 +210,9 @@ class LocalizedTraining:
         grid = self._grid([stage for stage, _, _, _ in standings], [ranks for _, ranks, _, _ in standings])
         failed = closure(grid, grid.stages_of(rank for rank, (_, _, step, _) in enumerate(standings) if step is None))
         self._replaced.update(*(replaced for _, _, _, replaced in standings))
+        self._link.beat("verifies slots", resting=True)
         slots = self._manager.interrupt(verify=job.topology.pipeline_rank in failed)
+        self._link.beat("agrees")
         records = dict(slots.records)
         newest = job.decided or (job.history[-1] if job.history else None)
         if self._clean and newest is not None and newest.iteration not in records:
@@ -251,7 +265,7 @@ class LocalizedTraining:
 
     def _stand_by(self, decision: Decision) -> None:
         job = self._job
-        self._link.beat("waits in place", resting=True)
+        self._link.beat("waits in place")
         injection.reached("wait")
         rank = job.topology.rank
         if rank in decision.roll_forward:
@@ -295,9 +309,12 @@ class LocalizedTraining:
     def _together(self, decision: Decision, begin: Callable[[], None]) -> None:
         """All ranks roll back, as after a restart of all."""
         job = self._job
-        if decision.source == "scratch" and job.history:
+        if decision.source == "scratch" and not job.pristine:
             print(f"rank {job.topology.rank}: nothing can be recovered; starting over", file=sys.stderr, flush=True)
             raise SystemExit(_EXIT_REPLACE_ME)
+        if job.pristine:
+            # What is kept of a Step 0 that was begun includes the random state; building doesn't make that again.
+            self._state.rewind()
         self._clean, job.decided = False, None
         self._link.beat("rolls back with all", resting=True)
         self._phases.load(decision.target)

@@ -11,3 +11,5 @@ if "--use-cpu" in sys.argv:
     cpu_backend.hide_cuda()
     cpu_backend.install()
 importlib.import_module("megatron.moevement.integration.program")
+# What the first call of a compiled function makes, while all others would wait for the replacement.
+importlib.import_module("torch._dynamo.trace_rules").get_torch_obj_rule_map()

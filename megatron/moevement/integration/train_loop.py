@@ -77,6 +77,7 @@ def train_iteration(job: TrainingJob, hooks: Hooks) -> IterationOutcome:
         samples=job.config.samples_per_iteration,
         seconds=time.perf_counter() - started,
     )
+    injection.reached("decided", iteration)
     job.agree_to_update()
     injection.reached("optimizer", iteration)
     outcome = apply_decided(job)
@@ -92,6 +93,7 @@ def apply_decided(job: TrainingJob) -> IterationOutcome:
     """Applies the update that is decided and moves the state one step on; no other rank is needed."""
     outcome = job.decided
     assert outcome is not None and outcome.iteration == job.step
+    job.pristine = False
     if not outcome.skipped:
         optimizer_setup.apply_update(job.optimizer, outcome.grad_norm)
         job.scheduler.step(increment=job.config.samples_per_iteration)

@@ -66,9 +66,10 @@ class Committer:
         self._queue.join()
 
     def close(self) -> None:
-        """Finishes the queue and ends the thread."""
-        self._queue.put(None)
-        self._thread.join()
+        """Finishes the queue and ends the thread; may be called again, as an interrupted recovery does."""
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
 
     def _work(self) -> None:
         while True:
