@@ -106,7 +106,7 @@ def _draw_losses(axes: Axes, data: LossPlot) -> None:
         markersize=3,
         label="disturbed run",
     )
-    for at in sorted({kill.finished for kill in data.kills}):
+    for at in sorted({kill.finished for kill in data.kills if not kill.in_recovery}):
         axes.axvline(at + 0.5, color=RED, linewidth=1, linestyle=(0, (3, 2)))
     axes.set_ylabel("language-model loss")
     axes.grid(axis="y")
@@ -131,12 +131,13 @@ def _draw_replays(axes: Axes, data: LossPlot) -> None:
             _cell(axes, number + 1, row, ORANGE, "////")
         labels.append(f"recovery {row}\n{recovery.who}" + " alone" * (recovery.source == "local"))
         own = [kill for kill in data.kills if kill.recovery == row - 1]
-        place = max((kill.finished for kill in own), default=0) + 0.5
+        place = min((kill.finished for kill in own), default=0) + 0.5
+        text = max([place, *(number + 1.5 for number in recovery.replayed(Phase.CONVERT, Phase.CATCH_UP))])
         axes.plot(place, row, marker="X", color=RED, markersize=8, markeredgecolor="white", zorder=5)
         words = [f"rank {kill.rank}" + (" in the recovery" if kill.in_recovery else "") for kill in own]
         axes.annotate(
             f"SIGKILL {', '.join(words)}",
-            (place, row),
+            (text, row),
             xytext=(9, 0),
             textcoords="offset points",
             va="center",
