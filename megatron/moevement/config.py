@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.moevement.errors import ConfigError
+from megatron.moevement.injection import Plan, parse
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -202,6 +203,14 @@ class SparseCheckpointConfig:
         "--sparse-ckpt-progress",
         "Progress display on rank 0: `live` table, `plain` lines, `off`; `auto` is live on a terminal, else plain.",
         choices=("auto", "live", "plain", "off"),
+    )
+    inject: Plan | None = _knob(
+        None,
+        "--sparse-ckpt-inject",
+        "Faults on purpose, to see a recovery: `kill@rank=3,point=forward:2,iteration=7; random@seed=1,mtbf=30s` (see "
+        "`docs/faults.md`).",
+        type=parse,
+        metavar="PLAN",
     )
     dry_run: bool = _knob(
         False,

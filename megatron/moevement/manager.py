@@ -4,14 +4,16 @@ import itertools
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron.moevement import injection
 from megatron.moevement.config import SparseCheckpointConfig
 from megatron.moevement.events import EventLog
 from megatron.moevement.operators.state import TrainingState
 from megatron.moevement.planning import Measured, SparsePlan, make_plan
 from megatron.moevement.recovery.conversion import Conversion, Progress, StartPoint, convert, require_same_loss
+from megatron.moevement.recovery.plan import known_everywhere
 from megatron.moevement.recovery.sources import SlotReader
 from megatron.moevement.recovery.start import (
     Choice,
@@ -25,7 +27,7 @@ from megatron.moevement.recovery.start import (
 )
 from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.schedule.slots import SlotSchedule, schedule_of
-from megatron.moevement.slot_cycle import SlotCycle, Tools, schedule_fields
+from megatron.moevement.slot_cycle import NO_SLOTS, Retention, SlotCycle, Tools, schedule_fields
 from megatron.moevement.slot_memory import SlotMemory, together
 from megatron.moevement.snapshot.bandwidth import measure_bandwidth
 from megatron.moevement.snapshot.copy_time import CopyTime
@@ -47,26 +49,9 @@ class Surroundings:
     deterministic: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Retention:
-    """The run that slots are of, the newest step that every rank can load, and slots of the longest run."""
-
-    run_id: str
-    loadable_everywhere: int
-    longest_run: int
-
-
 # What a rank says it can load while its slots' memory isn't pinned yet; slots are captured once all ranks' memory is.
 NOT_PINNED = -2
 
-
-# What `SlotCycle.status` says where no slots are taken.
-NO_SLOTS: Mapping[str, Any] = {
-    **dict.fromkeys(("slot_bytes", "oldest_age_steps", "oldest_age_bound_steps", "window", "window_index"), 0),
-    **dict.fromkeys(("memory_used_bytes", "failed_slots"), 0),
-    **dict.fromkeys(("stall_seconds", "fence_started_time"), 0.0),
-    "oldest_operator": "",
-}
 
 # Iterations whose record is kept although no window can need it: what is copied, digested, and not heard of yet.
 RECORDS_BEYOND_RUN = 4
@@ -105,8 +90,8 @@ class SparseCheckpointManager:
         self._cycle: SlotCycle | None = None
         self._record: IterationRecord | None = None
         self._records: dict[int, IterationRecord] = {}
-        self._found, self._alone = Found(None, "no slots"), False
-        self._loadable_everywhere = -1
+        self._found, self._unusable, self._alone = Found(None, "no slots"), frozenset[int](), False
+        self._loadable_everywhere = self._told = -1
         self._started = False
         self._iteration_starts: list[float] = []
         self._first_step = 0
@@ -146,6 +131,7 @@ class SparseCheckpointManager:
         if self._config.fresh and restart_count() == 0 and not self._started:
             together(self._agreement, lambda: discard(self._path))
         self._started = True
+        injection.reached("start")
         path = None if self._config.dry_run else self._path
         wanted = {**self._identity}
         if self._config.window is not None:
@@ -162,14 +148,14 @@ class SparseCheckpointManager:
             source = "scratch" if choice.dense_step is None else "dense"
             return StartPoint(source, choice.dense_step, None, choice.reasons)
         assert found.store is not None
-        conversion = self._convert(found.store, choice.run, self._agreement)
+        conversion = self._convert(found.store, choice.run, choice.unusable, self._agreement)
         self._loadable_everywhere = choice.run.last
         return StartPoint("slots", choice.run.last, conversion, choice.reasons)
 
-    def _convert(self, store: HostStore, run: Run, agreement: Agreement) -> Conversion:
+    def _convert(self, store: HostStore, run: Run, unusable: frozenset[int], agreement: Agreement) -> Conversion:
         """Makes the state of Step `run.last` from slots, and goes on with their schedule. Collective over the group."""
         reader = SlotReader(store, self._state.table, self._agreement.rank, self._digests)
-        self._events.emit("recovery_started", first=run.first, last=run.last, replays=run.replays)
+        self._events.emit("recovery_started", first=run.first, last=run.last, replays=run.replays, source=reader.source)
         if store is not self._store:
             self._memory.pin(store)
         self._memory.wait_until_pinned()
@@ -180,9 +166,12 @@ class SparseCheckpointManager:
         schedule = schedule_of(specs, run.last, self._config.window_mode)
         self.plan = make_plan(self._config, self._state, agreement, None, schedule.window)
         # Slots of later steps belong to iterations that will run again; each is replaced by its own capture.
-        store.keep_only(frozenset(step for step in store.committed if step <= run.last))
+        # Damaged ones go too: this rank would go on announcing them.
+        store.keep_only(frozenset(s for s in store.committed if s <= run.last and s not in unusable))
         self._use(store, schedule, run.last).continue_from(specs, run.last)
-        self._record = reader.manifest(run.last).record
+        for record in (reader.manifest(step).record for step in run.steps):
+            if record is not None:
+                self._note(record)
         self._events.emit(
             "recovery_finished",
             step=run.last,
@@ -200,7 +189,11 @@ class SparseCheckpointManager:
             self._cycle.close()
         if self._store is not None:
             self._memory.give_back(self._store, keep=True)
+        if self._found.store is not None and self._found.store is not self._store:
+            self._found.store.close()
+        self._found = Found(None, "no slots")
         self._store = self._cycle = self._record = None
+        self._records.clear()
         self._loadable_everywhere = -1
 
     def interrupt(self, verify: bool) -> SlotOffer:
@@ -221,6 +214,7 @@ class SparseCheckpointManager:
             return SlotOffer("", {}, self._state.table.names, records, (self._found.problem,))
         reader = SlotReader(store, self._state.table, self._agreement.rank, self._digests)
         usable, rejected = reader.verified() if verify else (store.committed, {})
+        self._unusable = frozenset(rejected)
         problems = tuple(f"slot of step {step}: {why}" for step, why in rejected.items())
         return SlotOffer(store.content["run_id"], usable, self._state.table.names, records, problems)
 
@@ -235,12 +229,13 @@ class SparseCheckpointManager:
         if self._cycle is not None:
             self._cycle.close()
         self._records.update(records)
-        self._convert(store, run, group)
+        self._convert(store, run, self._unusable, group)
         self._alone = True
         try:
             for iteration in range(run.last, target):
                 started = time.perf_counter()
                 record = records[iteration]
+                injection.reached("catch_up", iteration)
                 self.begin_iteration(iteration)
                 replayed = self._state.replay(record, frozenset(), self.before_optimizer_step)
                 require_same_loss(replayed, record, group, self._surroundings.deterministic)
@@ -248,28 +243,24 @@ class SparseCheckpointManager:
                 self._report_conversion(Progress(iteration, 0, 0, True, time.perf_counter() - started))
         finally:
             self._alone = False
+        self._told = target - 1
 
     def resume(self, loadable_everywhere: int, record: IterationRecord | None) -> None:
         """All ranks stand at one Step again: goes on as if nothing had happened.
 
         Args:
             loadable_everywhere: what every rank can load, the same number on all of them.
-            record: of the iteration before, where its end was not reported.
+            record: of the iteration before, where its end was not reported: the failure came first.
         """
         if record is not None:
             self._note(record)
+            if record.iteration > self._told:
+                self._tell(record, interrupted=True)
         self._loadable_everywhere = loadable_everywhere
         self._iteration_starts.clear()
 
     def _report_conversion(self, progress: Progress) -> None:
-        self._events.emit(
-            "conversion",
-            step=progress.step,
-            loaded_full=progress.loaded_full,
-            frozen=progress.frozen,
-            replayed=progress.replayed,
-            seconds=progress.seconds,
-        )
+        self._events.emit("conversion", **asdict(progress))
 
     # ----------------------------------------------------------------------------------------------- iteration
 
@@ -288,6 +279,7 @@ class SparseCheckpointManager:
         if not self._alone:
             self._cycle.maybe_reorder(step)
         self._cycle.begin(step, self._record, self._loadable_everywhere)
+        injection.reached("capture", step)
 
     def before_optimizer_step(self) -> None:
         """The fence: returns when every copy of the slot has been read from the device."""
@@ -300,12 +292,17 @@ class SparseCheckpointManager:
         self._note(record)
         if self._store is not None and not self._alone:
             known = self._agreement.finish_minimum()
-            if known is not None:
-                self._loadable_everywhere = max(self._loadable_everywhere, known)
+            if known is not None and self.plan is not None:
+                loadable = known_everywhere((known[0], known[1]), self.plan.longest_run)
+                self._loadable_everywhere = max(self._loadable_everywhere, loadable)
             if self._cycle is None:
                 self._events.emit("pinning", slots=self._memory.pinned_slots, of=self._store.geometry.slots)
-            self._agreement.start_minimum(self._loadable)
-        self._events.emit("iteration", **self.status(record))
+            self._agreement.start_minimum(self._announcement)
+        self._tell(record)
+
+    def _tell(self, record: IterationRecord, interrupted: bool = False) -> None:
+        self._told = record.iteration
+        self._events.emit("iteration", replayed=self._alone, interrupted=interrupted, **self.status(record))
 
     def _note(self, record: IterationRecord) -> None:
         """The next slot holds the record; a few more are kept for others who replay."""
@@ -330,11 +327,11 @@ class SparseCheckpointManager:
         }
 
     @property
-    def _loadable(self) -> int:
-        """What this rank tells the others: the newest step at which it can end a window."""
+    def _announcement(self) -> tuple[int, int]:
+        """What this rank tells the others that it can load."""
         if self._cycle is not None:
-            return self._cycle.loadable
-        return -1 if self._memory.pinned else NOT_PINNED
+            return self._cycle.announcement
+        return (-1 if self._memory.pinned else NOT_PINNED), 0
 
     def finish(self, durable: bool) -> bool:
         """Ends cleanly; removes the slots if the last step is durable elsewhere and they are not to be kept.
@@ -379,8 +376,8 @@ class SparseCheckpointManager:
         content = {"identity": identity, "operators": self._state.table.to_json()}
         self._store = self._memory.create(self.plan, content, self._threads)
         self._events.emit("plan", **schedule_fields(self.plan.schedule), memory_bytes=self.plan.memory.total_bytes)
-        self._loadable_everywhere = self._loadable
-        if min(self._agreement.gather(self._loadable)) > NOT_PINNED:
+        self._loadable_everywhere = self._announcement[0]
+        if min(self._agreement.gather(self._loadable_everywhere)) > NOT_PINNED:
             self._begin_captures(self._first_step)
 
     def _begin_captures(self, step: int) -> None:

@@ -10,7 +10,7 @@ from megatron.moevement.errors import MoevementError
 from megatron.moevement.events import EventLog
 from megatron.moevement.operators.state import TrainingState
 from megatron.moevement.planning import SparsePlan
-from megatron.moevement.recovery.plan import newest_run, slots_to_keep
+from megatron.moevement.recovery.plan import announcement, slots_to_keep
 from megatron.moevement.schedule.age import SnapshotAge
 from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.schedule.reordering import Reordering
@@ -35,6 +35,27 @@ class Tools:
     events: EventLog
 
 
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """The run that slots are of, the newest step that every rank can load, and slots of the longest run."""
+
+    run_id: str
+    loadable_everywhere: int
+    longest_run: int
+
+
+# What `SlotCycle.status` says where no slots are taken.
+NO_SLOTS: Mapping[str, Any] = {
+    **dict.fromkeys(("slot_bytes", "oldest_age_steps", "oldest_age_bound_steps", "window", "window_index"), 0),
+    **dict.fromkeys(("memory_used_bytes", "failed_slots"), 0),
+    **dict.fromkeys(("stall_seconds", "fence_started_time"), 0.0),
+    "oldest_operator": "",
+}
+
+
+_NEVER = -1
+
+
 class SlotCycle:
     """Takes a slot in every iteration.
 
@@ -55,7 +76,7 @@ class SlotCycle:
         self._capture = Capture(tools.state, store, tools.engine, tools.agreement.rank, store.content["run_id"])
         self._committer = Committer(store, tools.digests, self._on_committed)
         self._age = SnapshotAge(names, max(plan.longest_run, schedule.window), first_step)
-        self.loadable, self.failed_slots = -1, 0
+        self.failed_slots = 0
         self._slot_bytes, self._stall_seconds, self._fence_started_time = 0, 0.0, 0.0
 
     def continue_from(self, specs: Mapping[int, SlotSpec], last: int) -> None:
@@ -64,7 +85,13 @@ class SlotCycle:
             if step < last:
                 self._age.note(step, specs[step].full)
         self._order.restart(last)
-        self.loadable = last
+        # Whoever kept its state while this stage recovered leaves no window out: the question is collective.
+        self._first_step = _NEVER
+
+    @property
+    def announcement(self) -> tuple[int, int]:
+        """What this rank tells the others of its slots."""
+        return announcement(frozenset(self.store.committed))
 
     def begin(self, step: int, record: IterationRecord | None, loadable_everywhere: int) -> None:
         """Starts copying the slot of `step`. A capture that fails is counted and reported, training goes on.
@@ -138,8 +165,6 @@ class SlotCycle:
         if slot.error:
             self._fail(slot.slot.lease.step, slot.error)
             return
-        run = newest_run(self.store.committed, self._tools.state.table.names)
-        self.loadable = run.last if run is not None else -1
         self._tools.events.emit(
             "slot",
             step=slot.slot.lease.step,

@@ -20,7 +20,7 @@ TENSOR = Scenario(
     "tp2-pp2",
     UNTIED
     + "--disable-bias-linear --tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 "
-    + "--use-distributed-optimizer",
+    + "--expert-tensor-parallel-size 1 --use-distributed-optimizer",
 )
 TIED = Scenario("pp4-tied", "--disable-bias-linear --pipeline-model-parallel-size 4", layers=4)
 CHUNKS = "--disable-bias-linear --num-layers-per-virtual-pipeline-stage 1 "

@@ -38,9 +38,12 @@ def test_a_fingerprint_is_the_same_on_the_gpu(elements: int) -> None:
 
 
 @pytest.mark.gpu
-def test_copies_are_right_although_the_memory_is_used_again(tmp_path: Path) -> None:
+def test_copies_are_right_although_the_memory_is_used_again() -> None:
     count, elements = 64, 1 << 20
-    region = HostRegion.create(str(tmp_path / "region"), count * elements * 4, prefault=True)
+    # In shared memory, as a transcript is: the kernel pins no pages of a file on a disk.
+    path = f"/dev/shm/moevement-test-{os.getpid()}"
+    region = HostRegion.create(path, count * elements * 4, prefault=True)
+    os.unlink(path)
     with CopyEngine("cuda") as engine:
         assert engine.register_host(region.address, region.nbytes)
         copier = EngineCopier(engine, 16 << 20)

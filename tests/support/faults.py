@@ -151,24 +151,24 @@ def _kill_in_dense_save(fault: Fault) -> None:
 
 
 def _flip_restored_bit(fault: Fault) -> None:
-    """Negative control: the lowest bit of one element of one master weight is wrong after a slot was loaded."""
+    """Negative control: one bit of one master weight is wrong after each slot was loaded.
+
+    After each, since a run of more than W slots loads some operators again and mends what was wrong before.
+    """
     import torch
 
     from megatron.moevement.integration.operator_state import OperatorState
     from megatron.moevement.types import Presence
 
-    done = {"flipped": False}
-
     def flip(state: Any, operators: Any) -> None:
         for operator in operators:
-            if operator.presence is not Presence.FULL or done["flipped"]:
+            if operator.presence is not Presence.FULL:
                 continue
             for part in state.table[operator.name].slices:
                 master = state._owned[part.parameter].master
                 if part.owned and master is not None:
                     view = master.detach().view(-1).view(torch.int32)
                     view[state._owned[part.parameter].master_offset] ^= 1 << fault.get("bit", 12)
-                    done["flipped"] = True
                     return
 
     _after(OperatorState, "load", flip)

@@ -22,8 +22,8 @@ PACKAGE = "megatron/moevement/"
 CORE_FOLDER = PACKAGE + "integration/"
 # Whoever stands further right may import from the left, never the other way round.
 ORDER = (
-    "moevement_ext types errors config events operators schedule store transcript snapshot recovery dense planning "
-    "slot_memory slot_cycle transcript_memory manager training_config argument_checks arguments agent report "
+    "moevement_ext types errors injection config events operators schedule store transcript snapshot recovery dense "
+    "planning slot_memory slot_cycle transcript_memory manager training_config argument_checks arguments agent report "
     "integration scripts pretrain_gpt"
 ).split()
 # Copied as it is from other projects, with its licence beside it: it keeps its own house's rules, not ours.

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.moevement.errors import MoevementError
-from megatron.moevement.operators.state import MemoryRange, RecordedOperator
+from megatron.moevement.operators.state import MemoryRange, RecordedOperator, nothing
 from megatron.moevement.operators.table import OperatorTable
 from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.types import IterationRecord, OperatorKind, Presence, StartState
@@ -94,9 +94,12 @@ class ToyState(MemoryState):
         ctypes.memmove(self.buffer, buffers[0].address, BUFFER.nbytes)
         self.step = state.step
 
-    def replay(self, record: IterationRecord, frozen: frozenset[str]) -> IterationRecord:
+    def replay(
+        self, record: IterationRecord, frozen: frozenset[str], before_update: Callable[[], None] = nothing
+    ) -> IterationRecord:
         """See TrainingState."""
         assert self.step == record.iteration
+        before_update()
         return self.train(record.learning_rates[0], frozen)
 
     def differing_weights(self, operators: Sequence[RecordedOperator]) -> tuple[str, ...]:
@@ -114,7 +117,7 @@ class ThreadAgreement(Agreement):
 
     def __init__(self, rank: int, barrier: threading.Barrier, values: list[Any]) -> None:
         self._rank, self._barrier, self._values = rank, barrier, values
-        self._minimum: int | None = None
+        self._minimum: tuple[int, ...] | None = None
 
     @property
     def rank(self) -> int:
@@ -138,11 +141,11 @@ class ThreadAgreement(Agreement):
         """See Agreement."""
         return tuple(max(column) for column in zip(*self.gather(values), strict=True))
 
-    def start_minimum(self, value: int) -> None:
+    def start_minimum(self, values: Sequence[int]) -> None:
         """See Agreement."""
-        self._minimum = min(self.gather(value))
+        self._minimum = tuple(min(column) for column in zip(*self.gather(values), strict=True))
 
-    def finish_minimum(self) -> int | None:
+    def finish_minimum(self) -> tuple[int, ...] | None:
         """See Agreement."""
         found, self._minimum = self._minimum, None
         return found

@@ -11,6 +11,7 @@ from megatron.moevement.config import SparseCheckpointConfig
 from megatron.moevement.errors import MoevementError, RecoveryError, StoreError
 from megatron.moevement.events import EventLog
 from megatron.moevement.manager import SparseCheckpointManager, Surroundings
+from megatron.moevement.recovery.plan import newest_run
 from megatron.moevement.recovery.start import store_path
 from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.snapshot.capture import Capture
@@ -269,3 +270,27 @@ def test_a_change_of_popularity_changes_the_order_and_stays_exact(tmp_path: Path
     again = Worker(tmp_path, seed=9, window=2, reorder_change=0.0, reorder_share=0.1)
     start = again.manager.start(None)
     assert start.step == worker.state.step - 1 and again.state.everything() == undisturbed(worker.state.step - 1)
+
+
+def test_what_a_segment_replays_is_marked_and_an_untold_iteration_is_told_once(tmp_path: Path) -> None:
+    worker = Worker(tmp_path, window=2)
+    worker.manager.start(None)
+    worker.train(6).crash()
+    records = {n: record for n in range(6) if (record := worker.manager.record(n)) is not None}
+    run = newest_run(worker.manager.interrupt(verify=True).slots, TABLE.names)
+    assert run is not None and run.last == 5
+    worker.events.clear()
+    worker.manager.recover(run, 6, records, worker.agreement)
+    worker.manager.resume(run.last, records[5])
+    told = [(e["iteration"], e["replayed"], e["interrupted"]) for e in worker.events if e["kind"] == "iteration"]
+    assert told == [(5, True, False)]
+    assert [e["source"] for e in worker.events if e["kind"] == "recovery_started"] == ["own host memory"]
+    # The update of iteration 6 is done, and a failure comes before its end is noted.
+    worker.manager.begin_iteration(6)
+    record = worker.state.train(rate=0.006)
+    for _ in range(2):
+        worker.manager.interrupt(verify=False)
+        worker.manager.resume(run.last, record)
+    told = [(e["iteration"], e["replayed"], e["interrupted"]) for e in worker.events if e["kind"] == "iteration"]
+    assert told == [(5, True, False), (6, False, True)]
+    assert worker.train(LAST).state.everything() == undisturbed(LAST)

@@ -9,6 +9,7 @@ from megatron.moevement.config import SparseCheckpointConfig
 from megatron.moevement.errors import MoevementError
 from megatron.moevement.events import EventLog
 from megatron.moevement.planning import make_plan
+from megatron.moevement.schedule.reordering import Reordering
 from megatron.moevement.slot_cycle import SlotCycle, Tools
 from megatron.moevement.slot_memory import SlotMemory
 from megatron.moevement.snapshot.capture import Capture
@@ -49,7 +50,7 @@ def test_slots_are_kept_as_long_as_a_window_needs_them(tmp_path: Path) -> None:
     lab = Lab(tmp_path, reorder=False)
     for step in range(4):
         lab.take(step)
-    assert lab.steps() == {0, 1, 2, 3} and lab.cycle.loadable == 3
+    assert lab.steps() == {0, 1, 2, 3} and lab.cycle.announcement == (3, 0)
     lab.take(4, loadable=3)
     assert lab.steps() == {1, 2, 3, 4}
     status = lab.cycle.status(4)
@@ -87,6 +88,20 @@ def _refuse(*_: Any) -> int:
 def test_it_goes_on_behind_a_recovery(tmp_path: Path) -> None:
     lab = Lab(tmp_path)
     lab.cycle.continue_from({step: lab.plan.schedule.spec(step) for step in (4, 5, 6)}, 6)
-    assert lab.cycle.loadable == 6
     lab.take(6)
     assert lab.cycle.status(6)["oldest_age_steps"] == 3
+
+
+def test_behind_a_recovery_the_common_question_is_asked_like_on_those_who_waited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    lab = Lab(tmp_path)
+    monkeypatch.setattr(
+        Reordering, "next_schedule", lambda _self, schedule, step, *_rest: asked.append(step) or schedule
+    )
+    lab.cycle.maybe_reorder(0)
+    assert not asked, "nothing is known before the first window"
+    lab.cycle.continue_from({step: lab.plan.schedule.spec(step) for step in (4, 5, 6)}, 6)
+    lab.cycle.maybe_reorder(6)
+    assert asked == [6]

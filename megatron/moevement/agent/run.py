@@ -102,8 +102,7 @@ class _Agent:
 
     def _turn(self) -> None:
         self._node.poll(_TICK_SECONDS)
-        if time.monotonic() >= self._renew_at:
-            self._renew()
+        self._renew_in_time()
         if self._signal is not None:
             name = signal.Signals(self._signal).name
             self._post({"is": "told to stop", "why": f"agent {self._number} was told to ({name})"})
@@ -116,7 +115,13 @@ class _Agent:
     def _decide(self, head: Head) -> None:
         for event in self._board.events():
             head.handle(event)
+        # Starting processes may have taken long: the head must not take its own silence for a lost node's.
+        self._renew_in_time()
         head.tick(self._board.lives(head.agents))
+
+    def _renew_in_time(self) -> None:
+        if time.monotonic() >= self._renew_at:
+            self._renew()
 
     def _renew(self) -> None:
         before = time.monotonic_ns()

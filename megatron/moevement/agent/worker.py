@@ -7,6 +7,7 @@ once and forks a child for each assignment, before any CUDA call. Started by the
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import os
 import runpy
@@ -36,6 +37,9 @@ def main(argv: list[str]) -> None:
     for name in preload:
         importlib.import_module(name)
     if mode == "fork":
+        # Children neither look through what is imported when they collect garbage, nor copy its pages.
+        gc.collect()
+        gc.freeze()
         own = serve(channel, agent)
         if own is None:
             return

@@ -106,6 +106,7 @@ def load_dense(job: TrainingJob, directory: Path | str, step: int) -> None:
     """
     path = layout.checkpoint_path(Path(directory), step)
     manifest = _checked_manifest(job, path, step)
+    job.pristine = False
     job.gather_parameters()
     dense_state.create_moments(job)
     kept = dense_state.Kept(job)

@@ -92,6 +92,10 @@ def start(config: TrainingConfig, link: WorkerLink | None = None) -> Topology:
         _require_determinism(device)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
+    if link is not None:
+        # Survivors abort NCCL's communicators themselves and go on; its watchdog would end their process instead.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
     if link is not None and link.replacement:
         with groups.without_communication():
             dist.init_process_group(groups.FAKE, store=groups.nowhere(), rank=link.rank, world_size=link.world_size)

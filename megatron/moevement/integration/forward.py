@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
 from megatron.core.utils import get_attr_wrapped_model
 
+from megatron.moevement import injection
 from megatron.moevement.integration.boundary import transcribed
 from megatron.moevement.integration.data import Batch
 from megatron.moevement.integration.job import TrainingJob
@@ -33,6 +34,7 @@ def run_forward_backward(job: TrainingJob, iteration: int) -> torch.Tensor | Non
     job.optimizer.zero_grad()
     if get_moe_layer_wise_logging_tracker():
         clear_aux_losses_tracker()
+    injection.begin(iteration)
     position = job.samples_before(iteration)
     run_schedule = get_forward_backward_func()
     with transcribed(job.communicator, iteration):
@@ -85,10 +87,13 @@ def _mean(totals: torch.Tensor) -> float:
 
 def _forward_step(batches: Iterator[Batch], chunk: Any) -> tuple[torch.Tensor, Any]:
     """One micro-batch through one chunk; chunks in the middle of the pipeline read no data."""
+    injection.reached("forward", part=id(chunk))
     first = get_attr_wrapped_model(chunk, "pre_process")
     last = get_attr_wrapped_model(chunk, "post_process")
     if not first and not last:
-        return chunk(None, None, None), None
+        output = chunk(None, None, None)
+        injection.reached_in_backward(output, id(chunk))
+        return output, None
     batch = next(batches)
     output = chunk(
         batch.tokens if first else None,
@@ -96,6 +101,7 @@ def _forward_step(batches: Iterator[Batch], chunk: Any) -> tuple[torch.Tensor, A
         batch.attention_mask,
         labels=batch.labels if last else None,
     )
+    injection.reached_in_backward(output, id(chunk))
     return output, partial(_loss, batch.loss_mask)
 
 

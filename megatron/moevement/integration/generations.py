@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron.moevement.agent.link import WorkerLink
@@ -18,6 +19,9 @@ from megatron.moevement.integration.job import TrainingJob
 _CONTROL = "control"
 # How long the agent may take to say that a generation has failed whose connections broke here first.
 _NEWS_SECONDS = 10.0
+# The same for an error that doesn't look like a broken connection.
+_DOUBT_SECONDS = 2.0
+_BROKEN = ("gloo", "NCCL", "Socket", "closed", "reset by peer", "aborted")
 
 
 class Generations:
@@ -44,9 +48,11 @@ class Generations:
         """Whether `error` is what the failure of another rank looks like here."""
         if isinstance(error, PeerLost):
             return True
-        if not isinstance(error, RuntimeError):
+        if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
             return False
-        deadline = time.monotonic() + _NEWS_SECONDS
+        # An error of this rank's own would keep all others waiting for as long.
+        broken = isinstance(error, dist.DistError) or any(word in str(error) for word in _BROKEN)
+        deadline = time.monotonic() + (_NEWS_SECONDS if broken else _DOUBT_SECONDS)
         while not self._link.failed and time.monotonic() < deadline:
             time.sleep(0.01)
         return self._link.failed
@@ -75,6 +81,7 @@ class Generations:
         # While the others are waited for.
         found = groups.holders([self._job, *self._users], self._held)
         self._link.next_generation()
+        self._link.beat("connects")
         control = distributed.connect(self._job.config, self._link.store())
         new = {**groups.named_groups(), _CONTROL: control}
         groups.rebind(found, self._held, new)

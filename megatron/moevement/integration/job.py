@@ -74,6 +74,7 @@ class TrainingJob:
         agree_to_update: called between the two; returns when every rank has settled, so that a failure finds ranks at
             most one update apart and each of them able to follow.
         history: outcomes of the iterations that this process has run.
+        pristine: whether operators are still as they were built: nothing has been loaded or updated.
     """
 
     config: TrainingConfig
@@ -88,6 +89,7 @@ class TrainingJob:
     decided: IterationOutcome | None = None
     agree_to_update: Callable[[], None] = _go_ahead
     history: list[IterationOutcome] = dataclasses.field(default_factory=list)
+    pristine: bool = True
 
     @property
     def consumed_samples(self) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch.distributed as dist
 
+from megatron.moevement import injection
 from megatron.moevement.agent.link import WorkerLink
 from megatron.moevement.errors import PeerLost, TranscriptInvalid
 from megatron.moevement.events import EventLog
@@ -22,6 +24,8 @@ from megatron.moevement.integration.optimizer_setup import inner_optimizers
 from megatron.moevement.integration.transcription import Transcription
 from megatron.moevement.manager import SparseCheckpointManager
 from megatron.moevement.recovery.decide import Decision, Offer, Position, SegmentPlan, decide
+from megatron.moevement.recovery.phase_log import PhaseLog
+from megatron.moevement.recovery.phases import Phase
 from megatron.moevement.recovery.scope import Grid, closure
 from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.types import IterationRecord
@@ -52,12 +56,16 @@ class LocalizedTraining:
     ) -> None:
         self._job, self._state, self._manager, self._sparse = job, state, manager, hooks
         self._transcription, self._link, self._events = transcription, link, events
+        self._phases = PhaseLog(events)
         self._agreement = Agreement(job.topology.control)
         users = (self._agreement, state, manager, hooks, transcription)
         self._generations = Generations(job, link, users)
         # Whether job.step is a Step that this rank's state is of.
         self._clean = False
+        # Ranks whose processes were replaced since training last went on.
+        self._replaced: set[int] = {link.rank} if link.replacement else set()
         job.agree_to_update = self._agree_to_update
+        events.listen(self._note_progress)
 
     def run(self, begin: Callable[[], None], train: Callable[[], None]) -> None:
         """Trains to the end.
@@ -72,6 +80,7 @@ class LocalizedTraining:
             RecoveryError: the replay wasn't exact.
         """
         first = not self._link.replacement
+        self._events.emit("process", pid=os.getpid(), replacement=not first, stage=self._job.topology.pipeline_rank)
         while True:
             try:
                 if first:
@@ -79,12 +88,16 @@ class LocalizedTraining:
                 else:
                     self._recover(begin)
                 train()
+                # Nobody ends while another may still need what this rank holds.
+                self._link.beat("ends")
+                self._agreement.barrier()
                 return
             except (RuntimeError, PeerLost, TranscriptInvalid) as error:
                 if not isinstance(error, TranscriptInvalid) and not self._generations.is_failure(error):
                     raise
                 self._events.emit("failure_noticed", step=self._job.step, reason=str(error).split("\n")[0][:200])
             first = False
+            self._phases.enter(Phase.LEAVE)
             self._generations.leave()
 
     def _begin(self, begin: Callable[[], None]) -> None:
@@ -113,50 +126,93 @@ class LocalizedTraining:
         """Hands over the record; what follows may write files."""
         self._link.beat("end of the iteration", iteration, resting=True)
         self._sparse.after_optimizer_step(iteration, outcome)
+        self._link.beat("between iterations", iteration)
+
+    def _note_progress(self, event: Mapping[str, Any]) -> None:
+        """Replays are watched like iterations; loading slots may take long."""
+        if event["kind"] == "recovery_phase":
+            self._link.beat(event["phase"], resting=event["phase"] == Phase.LOAD)
 
     def _agree_to_update(self) -> None:
         self._link.beat("update", self._job.step)
+        # A collective that NCCL aborted returns without an error, and with any values: they must not count as decided.
+        self._link.check()
+        self._settled = self._job.step
         self._agreement.barrier()
 
     # ------------------------------------------------------------------------------------------------ recovery
 
     def _recover(self, begin: Callable[[], None]) -> None:
-        started = time.perf_counter()
-        self._link.beat("joins", resting=True)
+        self._link.beat("joins")
+        self._phases.enter(Phase.JOIN)
+        injection.reached("join")
         self._generations.join()
         self._transcription.log_from_now_on()
-        joined = time.perf_counter()
+        self._phases.enter(Phase.AGREE)
+        self._link.beat("agrees")
+        injection.reached("agree")
         grid, offers = self._offers()
         decision = decide(grid, offers)
+        alone = decision.source in ("local", "none")
+        scope = _stages(decision) if alone else sorted(set(grid.stages))
         self._events.emit(
             "decision",
             generation=self._link.generation,
             source=decision.source,
             target=decision.target,
-            stages=[list(plan.stages) for plan in decision.segments],
-            runs=[[plan.run.first, plan.run.last] for plan in decision.segments],
+            scope=scope,
+            segments=[
+                {"stages": plan.stages, "run": [plan.run.first, plan.run.last], "feeders": sorted(plan.feeders)}
+                for plan in decision.segments
+            ],
+            replaced=sorted(self._replaced),
             roll_forward=sorted(decision.roll_forward),
             reasons=decision.reasons,
-            join_seconds=joined - started,
-            agree_seconds=time.perf_counter() - joined,
         )
-        if decision.source in ("local", "none"):
+        if alone:
             self._local(decision, offers)
         else:
             self._together(decision, begin)
-        self._agreement.barrier()
-        self._events.emit("resumed", step=self._job.step, source=decision.source, seconds=time.perf_counter() - started)
+        self._meet(decision, scope)
+
+    def _meet(self, decision: Decision, scope: Sequence[int]) -> None:
+        """The barrier before training goes on; whoever displays something learns what the others did."""
+        phases = self._phases
+        injection.reached("meet")
+        stood = self._agreement.gather((phases.seconds, phases.replayed))
+        longest: dict[str, float] = {}
+        for seconds, _ in stood:
+            for phase in seconds.keys() - {Phase.MEET}:
+                longest[phase] = max(longest.get(phase, 0.0), seconds[phase])
+        self._events.emit(
+            "resumed",
+            generation=self._link.generation,
+            step=self._job.step,
+            source=decision.source,
+            scope=scope,
+            replayed=max(replayed for _, replayed in stood),
+            seconds=phases.total_seconds,
+            phase_seconds=phases.seconds,
+            longest_phase_seconds=longest,
+        )
+        phases.enter(Phase.TRAIN)
+        self._replaced.clear()
 
     def _offers(self) -> tuple[Grid, Sequence[Offer]]:
         """Where all ranks stand, and what each can give."""
         job = self._job
         step = job.step if self._clean else None
+        if job.decided is not None and self._settled != job.step:
+            job.decided = None
         position = Position.FINAL if self._clean and job.decided is not None else Position.RUNNING
         pipelines = dist.get_process_group_ranks(job.topology.groups.pp)
-        standings = self._agreement.gather((job.topology.pipeline_rank, pipelines, step))
-        grid = self._grid([stage for stage, _, _ in standings], [ranks for _, ranks, _ in standings])
-        failed = closure(grid, grid.stages_of(rank for rank, (_, _, step) in enumerate(standings) if step is None))
+        standings = self._agreement.gather((job.topology.pipeline_rank, pipelines, step, self._replaced))
+        grid = self._grid([stage for stage, _, _, _ in standings], [ranks for _, ranks, _, _ in standings])
+        failed = closure(grid, grid.stages_of(rank for rank, (_, _, step, _) in enumerate(standings) if step is None))
+        self._replaced.update(*(replaced for _, _, _, replaced in standings))
+        self._link.beat("verifies slots", resting=True)
         slots = self._manager.interrupt(verify=job.topology.pipeline_rank in failed)
+        self._link.beat("agrees")
         records = dict(slots.records)
         newest = job.decided or (job.history[-1] if job.history else None)
         if self._clean and newest is not None and newest.iteration not in records:
@@ -197,6 +253,7 @@ class LocalizedTraining:
                 break
         else:
             self._stand_by(decision)
+        self._phases.enter(Phase.MEET)
         last = self._job.history[-1] if self._job.history else None
         record = records.get(decision.target - 1)
         if record is None and last is not None and last.iteration == decision.target - 1:
@@ -208,8 +265,12 @@ class LocalizedTraining:
 
     def _stand_by(self, decision: Decision) -> None:
         job = self._job
-        self._link.beat("waits in place", resting=True)
-        if job.topology.rank in decision.roll_forward:
+        self._link.beat("waits in place")
+        injection.reached("wait")
+        rank = job.topology.rank
+        if rank in decision.roll_forward:
+            self._phases.enter(Phase.ROLL_FORWARD)
+            injection.reached("roll_forward", decision.target - 1)
             train_loop.apply_decided(job)
             job.reset_temporary_state()
         elif not self._state.rewind():
@@ -218,9 +279,14 @@ class LocalizedTraining:
             for chunk in job.chunks:
                 chunk.start_param_sync(force_sync=True)
         replays = [[(i, p) for i in range(p.run.first, decision.target)] for p in decision.segments]
+        served = [len(turns) for turns, plan in zip(replays, decision.segments, strict=True) if rank in plan.feeders]
+        self._phases.enter(Phase.SERVE if served else Phase.MEET, sum(served))
         for turn in itertools.zip_longest(*replays):
             for iteration, plan in filter(None, turn):
+                injection.reached("serve", iteration)
                 self._transcription.serve(iteration, frozenset(plan.stages))
+                if rank in plan.feeders:
+                    self._phases.advance(iteration)
 
     def _replay(
         self,
@@ -232,6 +298,7 @@ class LocalizedTraining:
     ) -> None:
         self._clean, self._job.decided = False, None
         self._link.beat("replays", resting=True)
+        self._phases.load(target)
         self._transcription.reopen(run_id)
         self._transcription.replay(frozenset(plan.stages), range(plan.run.first, target))
         with _gradient_statistics_within(self._job, group):
@@ -242,15 +309,26 @@ class LocalizedTraining:
     def _together(self, decision: Decision, begin: Callable[[], None]) -> None:
         """All ranks roll back, as after a restart of all."""
         job = self._job
-        if decision.source == "scratch" and job.history:
+        if decision.source == "scratch" and not job.pristine:
             print(f"rank {job.topology.rank}: nothing can be recovered; starting over", file=sys.stderr, flush=True)
             raise SystemExit(_EXIT_REPLACE_ME)
+        if job.pristine:
+            # What is kept of a Step 0 that was begun includes the random state; building doesn't make that again.
+            self._state.rewind()
         self._clean, job.decided = False, None
         self._link.beat("rolls back with all", resting=True)
+        self._phases.load(decision.target)
         begin()
         job.reset_temporary_state()
+        self._transcription.forget()
         job.history[:] = [outcome for outcome in job.history if outcome.iteration < job.step]
         self._clean = True
+        self._phases.enter(Phase.MEET)
+
+
+def _stages(decision: Decision) -> list[int]:
+    """Stages that roll back."""
+    return sorted(stage for plan in decision.segments for stage in plan.stages)
 
 
 @contextlib.contextmanager

@@ -143,6 +143,7 @@ class OperatorState:
 
     def load(self, operators: Sequence[RecordedOperator]) -> None:
         """Loads operators in place, completes them over the data-parallel ranks and derives 16-bit weights."""
+        self._job.pristine = False
         for operator in operators:
             self._copy(operator.pieces, self.pieces(operator.name, operator.presence))
             if operator.presence is Presence.FULL:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron.moevement import injection
 from megatron.moevement.agent.link import WorkerLink
 from megatron.moevement.argument_checks import check_outputs
 from megatron.moevement.config import SparseCheckpointConfig
@@ -43,6 +44,8 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
     link = WorkerLink.from_environment()
     if link is not None and not sparse.enabled:
         raise ConfigError("--sparse-ckpt is missing: the agent needs it to recover; add it or use torchrun")
+    if sparse.inject is not None:
+        sparse.inject.check(config.world_size)
     if restart_count() == 0:
         # After a restart a save that fails is reported, and never ends training.
         check_outputs(config)
@@ -104,6 +107,7 @@ class DenseSaver:
             return False
         if self._saved_step == self._job.step:
             return True
+        injection.reached("dense_save", self._job.step)
         result: SaveResult = save_dense(self._job, directory)
         self._events.emit(
             "dense_save",
@@ -142,9 +146,15 @@ def _train_sparse(
     """Training with a slot in every iteration."""
     events = EventLog(sparse.log_directory, job.topology.rank)
     close_reports = _listen(job, sparse, events)
+    if sparse.inject is not None:
+        place = (job.topology.rank, job.topology.world_size, restart_count())
+        injection.arm(sparse.inject, sparse.job_directory, place, lambda text: events.emit("injected", fault=text))
     try:
-        return _train_with_manager(job, sparse, events, link)
+        history = _train_with_manager(job, sparse, events, link)
+        injection.disarm(forget=True)
+        return history
     finally:
+        injection.disarm()
         close_reports()
         events.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
+from megatron.moevement import injection
 from megatron.moevement.integration import optimizer_setup
 from megatron.moevement.integration.forward import run_forward_backward, share_loss
 from megatron.moevement.integration.job import IterationOutcome, TrainingJob
@@ -57,9 +58,11 @@ def train(job: TrainingJob, hooks: Hooks) -> list[IterationOutcome]:
 def train_iteration(job: TrainingJob, hooks: Hooks) -> IterationOutcome:
     """Run iteration `job.step` and move the state one step on."""
     iteration, started = job.step, time.perf_counter()
+    injection.reached("begin", iteration)
     hooks.before_forward(iteration)
     local_loss = run_forward_backward(job, iteration)
     loss = share_loss(job, local_loss)
+    injection.reached("before_optimizer", iteration)
     hooks.before_optimizer_step(iteration)
     learning_rate = optimizer_setup.learning_rate(job.optimizer)
     loss_scale = optimizer_setup.loss_scale(job.optimizer)
@@ -74,10 +77,14 @@ def train_iteration(job: TrainingJob, hooks: Hooks) -> IterationOutcome:
         samples=job.config.samples_per_iteration,
         seconds=time.perf_counter() - started,
     )
+    injection.reached("decided", iteration)
     job.agree_to_update()
+    injection.reached("optimizer", iteration)
     outcome = apply_decided(job)
+    injection.reached("updated", iteration)
     if not outcome.skipped:
         job.share_weights()
+    injection.reached("after_optimizer", iteration)
     hooks.after_optimizer_step(iteration, outcome)
     return outcome
 
@@ -86,6 +93,7 @@ def apply_decided(job: TrainingJob) -> IterationOutcome:
     """Applies the update that is decided and moves the state one step on; no other rank is needed."""
     outcome = job.decided
     assert outcome is not None and outcome.iteration == job.step
+    job.pristine = False
     if not outcome.skipped:
         optimizer_setup.apply_update(job.optimizer, outcome.grad_norm)
         job.scheduler.step(increment=job.config.samples_per_iteration)

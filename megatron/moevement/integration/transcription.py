@@ -70,6 +70,10 @@ class Transcription:
             self._run_id = run_id
             self._use(self._memory.reopen(run_id))
 
+    def forget(self) -> None:
+        """All ranks have rolled back, and some are new: the transcripts of what comes are made, or found, together."""
+        self._run_id = ""
+
     def _use(self, log: TranscriptLog | None) -> None:
         if self._log is not None and log is not self._log:
             self._recorder.settle()

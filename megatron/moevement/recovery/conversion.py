@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron.moevement import injection
 from megatron.moevement.errors import RecoveryError
 from megatron.moevement.operators.state import TrainingState
 from megatron.moevement.recovery.sources import SlotReader
@@ -66,6 +67,7 @@ def convert(
     compared = different = 0
     for step in run.steps:
         part_started = time.perf_counter()
+        injection.reached("convert", step)
         spec = reader.manifest(step).spec
         known = active.intersection(spec.weights_only)
         differing = state.differing_weights(reader.operators(step, known))

@@ -29,6 +29,9 @@ class SlotReader:
         self._run_id = store.content["run_id"]
         self._digests = digests
 
+    # For people; slots of other places have readers of their own.
+    source = "own host memory"
+
     def manifest(self, step: int) -> Manifest:
         """The verified manifest of the slot of `step`.
 

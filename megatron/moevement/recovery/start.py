@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,14 @@ class SlotOffer:
 class Choice:
     """The agreed source: `run` of slots, else the dense checkpoint of `dense_step`, else neither (scratch).
 
-    `reasons` says, for people, why a better source was passed over.
+    `reasons` says, for people, why a better source was passed over. `unusable` are steps whose slots on this rank
+    failed their verification.
     """
 
     run: Run | None
     dense_step: int | None
     reasons: tuple[str, ...]
+    unusable: frozenset[int] = field(default=frozenset(), compare=False)
 
 
 def store_path(directory: Path, rank: int) -> Path:
@@ -109,6 +111,7 @@ def choose_source(
     """
     reasons = [found.problem] if found.problem else []
     usable: Mapping[int, Any] = {}
+    rejected: Mapping[int, str] = {}
     run_id = ""
     if found.store is not None:
         run_id = found.store.content["run_id"]
@@ -130,7 +133,7 @@ def choose_source(
         if run_id and run is None:
             texts += ("no window is complete on all ranks",)
         return Choice(None, dense_step, texts)
-    return Choice(run, dense_step, texts)
+    return Choice(run, dense_step, texts, frozenset(rejected))
 
 
 def restart_count() -> int:

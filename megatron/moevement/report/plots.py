@@ -1,4 +1,4 @@
-"""PNG plots: the losses of an undisturbed and a disturbed run, and the timeline of one window on one rank."""
+"""PNG plots: the losses of an undisturbed and a disturbed run, the timeline of one window on one rank, recoveries."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from megatron.moevement.report.read_events import Attempt
-from megatron.moevement.report.summary import Recovery
+from megatron.moevement.recovery.phases import Phase
+from megatron.moevement.report.read_events import Event
+from megatron.moevement.report.recoveries import LocalRecovery
+from megatron.moevement.report.summary import Outcome
 from megatron.moevement.report.timeline import Lane, WindowTimeline
 
 INK, MUTED, GRID = "#22272e", "#6e7781", "#e4e8ec"
@@ -51,30 +53,32 @@ class LossPlot:
 
     Attributes:
         undisturbed: loss by iteration.
-        attempts: the lives of the disturbed run, in order.
-        kills: what ended lives, and where.
+        iterations: `iteration` events of one rank of the disturbed run, in order.
+        recoveries: of the disturbed run, in order.
+        kills: what began or interrupted them.
         verdict: the sentence that states the bitwise comparison.
         equal: whether nothing differed.
     """
 
     undisturbed: Mapping[int, float]
-    attempts: Sequence[Attempt]
-    kills: Sequence[Recovery]
+    iterations: Sequence[Event]
+    recoveries: Sequence[LocalRecovery]
+    kills: Sequence[Outcome]
     verdict: str
     equal: bool
 
 
 def plot_losses(data: LossPlot, path: Path) -> None:
-    """Draws the loss of both runs, where each life of the disturbed run went, and the difference of the losses."""
-    rows = len(data.attempts)
+    """Draws the loss of both runs, what each recovery replayed, and the difference of the losses."""
+    rows = 1 + len(data.recoveries)
     heights = [4.2, 0.30 * rows + 0.35, 1.0]
     with rc_context(STYLE):
         figure = Figure(figsize=(11, sum(heights) + 1.6), dpi=DPI, layout="constrained")
-        loss, lives, difference = figure.subplots(3, 1, sharex=True, height_ratios=heights)
+        loss, replays, difference = figure.subplots(3, 1, sharex=True, height_ratios=heights)
         title = "Killed, recovered, bit-identical" if data.equal else "The runs differ"
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
         _draw_losses(loss, data)
-        _draw_lives(lives, data)
+        _draw_replays(replays, data)
         _draw_difference(difference, data)
         difference.set_xlabel("iteration")
         difference.xaxis.set_major_locator(MaxNLocator(nbins=13, steps=[1, 2, 5, 10], integer=True))
@@ -92,55 +96,62 @@ def _draw_losses(axes: Axes, data: LossPlot) -> None:
         solid_capstyle="round",
         label="undisturbed run",
     )
-    for index, attempt in enumerate(data.attempts):
-        points = [(e["iteration"] + 1, e["loss"]) for e in attempt.iterations if e["loss"] is not None]
-        axes.plot(
-            [x for x, _ in points],
-            [y for _, y in points],
-            color=INK,
-            linewidth=1.2,
-            marker="o",
-            markersize=3,
-            label="disturbed run" if index == 0 else None,
-        )
-    for kill in data.kills:
-        axes.axvline(kill.finished + 0.5, color=RED, linewidth=1, linestyle=(0, (3, 2)))
+    points = [(e["iteration"] + 1, e["loss"]) for e in _trained(data)]
+    axes.plot(
+        [x for x, _ in points],
+        [y for _, y in points],
+        color=INK,
+        linewidth=1.2,
+        marker="o",
+        markersize=3,
+        label="disturbed run",
+    )
+    for at in sorted({kill.finished for kill in data.kills}):
+        axes.axvline(at + 0.5, color=RED, linewidth=1, linestyle=(0, (3, 2)))
     axes.set_ylabel("language-model loss")
     axes.grid(axis="y")
     handles, _ = axes.get_legend_handles_labels()
     axes.legend(handles=handles, frameon=False, loc="upper right")
 
 
-def _draw_lives(axes: Axes, data: LossPlot) -> None:
-    """One row a life: what it replayed frozen, what it ran again, what was new, and where it was killed."""
-    newest = 0
-    for row, attempt in enumerate(data.attempts):
-        for number in attempt.replayed:
+def _trained(data: LossPlot) -> list[Event]:
+    """Iterations that ran, without those that a recovery replayed."""
+    return [e for e in data.iterations if not e.get("replayed") and e["loss"] is not None]
+
+
+def _draw_replays(axes: Axes, data: LossPlot) -> None:
+    """One row for training, and one a recovery: what the stages that rolled back replayed, and who was killed."""
+    for event in _trained(data):
+        _cell(axes, int(event["iteration"]) + 1, 0, BLUE)
+    labels = ["training"]
+    for row, recovery in enumerate(data.recoveries, start=1):
+        for number in recovery.replayed(Phase.CATCH_UP):
+            _cell(axes, number + 1, row, YELLOW)
+        for number in recovery.replayed(Phase.CONVERT):
             _cell(axes, number + 1, row, ORANGE, "////")
-        for event in attempt.iterations:
-            number = int(event["iteration"])
-            _cell(axes, number + 1, row, YELLOW if number < newest else BLUE)
-        newest = max([newest, *(int(e["iteration"]) + 1 for e in attempt.iterations)])
-        for kill in [kill for kill in data.kills if kill.life == row]:
-            axes.plot(kill.finished + 0.5, row, marker="X", color=RED, markersize=8, markeredgecolor="white", zorder=5)
-            axes.annotate(
-                f"SIGKILL rank {kill.rank}" + (", in the recovery" if kill.in_recovery else ""),
-                (kill.finished + 0.5, row),
-                xytext=(9, 0),
-                textcoords="offset points",
-                va="center",
-                color=RED,
-                fontsize=8,
-            )
-    axes.set_yticks(range(len(data.attempts)), [_life_label(i, a) for i, a in enumerate(data.attempts)])
-    axes.set_ylim(len(data.attempts) - 0.4, -0.6)
+        labels.append(f"recovery {row}\n{recovery.who}" + " alone" * (recovery.source == "local"))
+        own = [kill for kill in data.kills if kill.recovery == row - 1]
+        place = max((kill.finished for kill in own), default=0) + 0.5
+        axes.plot(place, row, marker="X", color=RED, markersize=8, markeredgecolor="white", zorder=5)
+        words = [f"rank {kill.rank}" + (" in the recovery" if kill.in_recovery else "") for kill in own]
+        axes.annotate(
+            f"SIGKILL {', '.join(words)}",
+            (place, row),
+            xytext=(9, 0),
+            textcoords="offset points",
+            va="center",
+            color=RED,
+            fontsize=8,
+        )
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.tick_params(axis="both", length=0)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.legend(
         handles=[
-            Patch(color=BLUE, label="new"),
-            Patch(color=YELLOW, label="run again"),
+            Patch(color=BLUE, label="trained by all"),
             Patch(facecolor=ORANGE, edgecolor="white", hatch="////", label="replayed in the conversion"),
+            Patch(color=YELLOW, label="caught up"),
         ],
         loc="lower center",
         bbox_to_anchor=(0.5, 1.0),
@@ -150,12 +161,6 @@ def _draw_lives(axes: Axes, data: LossPlot) -> None:
     )
 
 
-def _life_label(index: int, attempt: Attempt) -> str:
-    if index == 0 and attempt.source == "scratch":
-        return "start"
-    return f"restart {index}\nfrom {'scratch' if attempt.source == 'scratch' else f'step {attempt.first_step}'}"
-
-
 def _cell(axes: Axes, number: int, row: int, colour: str, hatch: str = "") -> None:
     axes.add_patch(Rectangle((number - 0.46, row - 0.3), 0.92, 0.6, facecolor=colour, edgecolor="white", hatch=hatch))
 
@@ -163,9 +168,8 @@ def _cell(axes: Axes, number: int, row: int, colour: str, hatch: str = "") -> No
 def _draw_difference(axes: Axes, data: LossPlot) -> None:
     points = [
         (e["iteration"] + 1, e["loss"] - data.undisturbed[e["iteration"]])
-        for attempt in data.attempts
-        for e in attempt.iterations
-        if e["loss"] is not None and e["iteration"] in data.undisturbed
+        for e in _trained(data)
+        if e["iteration"] in data.undisturbed
     ]
     colour = GREEN if data.equal else RED
     axes.axhline(0, color=GRID, linewidth=1)

@@ -1,4 +1,7 @@
-"""The progress display of rank 0: a live table, plain lines, or nothing. It listens to the events."""
+"""The progress display of rank 0: a live table, plain lines, or nothing. It listens to the events.
+
+The process that takes over rank 0 goes on with the display; what it can't tell, the agent's own lines do.
+"""
 
 import os
 import sys
@@ -12,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from megatron.moevement.report.narration import RECOVERY_KINDS, RecoveryNarration
 from megatron.moevement.report.read_events import Event
 
 _WARN_SHARE = 0.9
@@ -47,8 +51,8 @@ class ProgressDisplay:
         self._lock = threading.Lock()
         self.mode = _resolve(settings.mode, self._stream)
         self._live: Live | None = None
-        self._run = (0, 0)
-        self._last_recovery = "none"
+        self._recovery = RecoveryNarration()
+        self._shown: Event | None = None
 
     def __call__(self, event: Event) -> None:
         """Takes one event; kinds that the display doesn't know are passed over."""
@@ -72,12 +76,16 @@ class ProgressDisplay:
 
     def _take(self, event: Event) -> None:
         if event["kind"] == "iteration":
-            self._iteration(event)
+            # What a recovery replays was shown before it, and is narrated.
+            if not event.get("replayed"):
+                self._iteration(event)
         elif event["kind"] == "finished":
             self.close()
         elif LEVELS.index(_severity(event)) >= LEVELS.index(self._settings.level):
             for line in self._narrate(event):
                 self._say(line)
+            if event["kind"] in RECOVERY_KINDS:
+                self._update()
 
     def _iteration(self, event: Event) -> None:
         number = int(event["iteration"]) + 1
@@ -92,7 +100,12 @@ class ProgressDisplay:
             self._live.start()
             # A killed worker can't give the cursor back.
             console.show_cursor(True)
-        self._live.update(live_table(event, self._settings, self._last_recovery), refresh=True)
+        self._shown = event
+        self._update()
+
+    def _update(self) -> None:
+        if self._live is not None and self._shown is not None:
+            self._live.update(live_table(self._shown, self._settings, self._recovery), refresh=True)
 
     def _narrate(self, event: Event) -> list[str]:
         """Lines about anything but an iteration."""
@@ -101,25 +114,8 @@ class ProgressDisplay:
             return _start_lines(event)
         if kind == "plan":
             return [f"plan: window of {event['window']} slots, {_bytes(event['memory_bytes'])} of host memory a rank"]
-        if kind == "recovery_started":
-            self._run = (int(event["first"]), int(event["last"]))
-            return [
-                (
-                    f"recovery: converting slots of steps {event['first']} to {event['last']}, "
-                    f"{event['replays']} iterations to replay"
-                )
-            ]
-        if kind == "conversion":
-            return [_conversion_line(event, *self._run)]
-        if kind == "recovery_finished":
-            self._last_recovery = f"step {event['step']}, {event['replays']} replays, {event['seconds']:.1f} s"
-            verdict = "all bitwise equal" if not event["different"] else f"{event['different']} DIFFERENT"
-            return [
-                (
-                    f"recovery: dense state of step {event['step']} after {event['replays']} replays in "
-                    f"{event['seconds']:.2f} s; {event['compared']} recorded values compared, {verdict}"
-                )
-            ]
+        if kind in RECOVERY_KINDS:
+            return self._recovery.lines(event)
         if kind == "slot":
             return [f"slot of step {event['step']} committed: {_bytes(event['data_bytes'])}"]
         if kind == "slot_failed":
@@ -137,6 +133,8 @@ class ProgressDisplay:
             if not event["ok"]:
                 return [f"dense checkpoint of step {event['step']} failed, training goes on: {event['error']}"]
             return [f"dense checkpoint of step {event['step']}: {_bytes(event['nbytes'])} in {event['seconds']:.2f} s"]
+        if kind == "injected":
+            return [f"fault injected: {event['fault']}"]
         if kind == "reorder":
             refused = ", refused: the new order's slots would not fit" if event["refused"] else ""
             return [f"order of experts changed at step {event['step']}{refused}"]
@@ -182,8 +180,8 @@ def plain_line(event: Event, settings: ProgressSettings) -> str:
     return " | ".join(parts)
 
 
-def live_table(event: Event, settings: ProgressSettings, last_recovery: str) -> Group:
-    """The figures of an iteration as a two-column block under a progress bar."""
+def live_table(event: Event, settings: ProgressSettings, recovery: RecoveryNarration) -> Group:
+    """The figures of an iteration as a two-column block under a progress bar, with a recovery that is under way."""
     number = int(event["iteration"]) + 1
     table = Table.grid(padding=(0, 3))
     for style in ("dim", "bold", "dim", "bold"):
@@ -204,7 +202,7 @@ def live_table(event: Event, settings: ProgressSettings, last_recovery: str) -> 
             ("oldest snapshot", _age(event)),
             ("memory", Text(_memory(event), style="yellow" if full else "")),
             ("failed slots", Text(str(failed), style="red" if failed else "")),
-            ("last recovery", last_recovery),
+            ("last recovery", recovery.last),
             ("loadable", f"step {event['loadable_step']}" if event["loadable_step"] >= 0 else "no window yet"),
         ]
     for left, right in zip(rows[::2], rows[1::2], strict=True):
@@ -212,7 +210,11 @@ def live_table(event: Event, settings: ProgressSettings, last_recovery: str) -> 
     head = Text.assemble(
         (f"iteration {number}/{settings.train_iters}  ", "bold"), _bar(number, settings.train_iters, 40)
     )
-    return Group(head, table)
+    if not recovery.now:
+        return Group(head, table)
+    done, of = recovery.progress
+    running = Text.assemble((f"recovery: {recovery.now}  ", "bold yellow"), _bar(done, of) if of else "")
+    return Group(head, running, table)
 
 
 def _resolve(mode: str, stream: TextIO) -> str:
@@ -248,14 +250,6 @@ def _by_text(reasons: Iterable[str]) -> list[str]:
     return [
         f"rank{'s' if len(who) > 1 else ''} {', '.join(who)}: {text}" if who else text for text, who in ranks.items()
     ]
-
-
-def _conversion_line(event: Event, first: int, last: int) -> str:
-    done = f"replayed iteration {event['step'] + 1}" if event["replayed"] else "dense"
-    return (
-        f"  slot {event['step'] - first + 1}/{last - first + 1}: {event['loaded_full']} operators loaded, "
-        f"{event['frozen']} still frozen, {done}, {event['seconds']:.2f} s"
-    )
 
 
 def _detach(stream: TextIO) -> None:

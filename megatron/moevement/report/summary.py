@@ -1,6 +1,6 @@
-"""What killed workers cost: for each kill, from where training went on, what it replayed and how long it took."""
+"""What killed workers cost: for each kill who rolled back, what was replayed and how long each part took."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -8,99 +8,129 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from megatron.moevement.recovery.phase_log import REPLAYING
 from megatron.moevement.report.compare import Comparison
-from megatron.moevement.report.read_events import Attempt
+from megatron.moevement.report.read_events import Event
+from megatron.moevement.report.recoveries import Kill, LocalRecovery, listed
 
 
 @dataclass(frozen=True, slots=True)
-class Kill:
-    """A killed worker: its rank, when (seconds since the epoch), and whether a recovery was under way."""
-
-    rank: int
-    time: float
-    in_recovery: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Recovery:
-    """What followed a kill.
+class Outcome:
+    """What followed a kill, until training went on or the next kill interrupted the recovery.
 
     Attributes:
         rank: of the killed worker.
-        life: index of the life that the kill ended.
-        finished: iterations that were finished when it happened; in a recovery, the end of what was replayed.
+        finished: iterations that all ranks had finished when it happened.
         in_recovery: whether a recovery was under way.
-        source: `slots`, `dense` or `scratch`; empty if there is no later life.
-        first_step: the step from which training went on.
-        replayed: iterations that the conversion replayed.
-        run_again: iterations that were run a second time after it.
-        conversion_seconds: None without a finished conversion.
-        back_seconds: from the kill to the beginning of the next iteration; None if a further kill came first.
+        recovery: index of its recovery; -1 without one.
+        source: "local", or what all ranks rolled back to; empty if nothing was decided.
+        scope: stages that rolled back.
+        replays: iterations that the decision asked to replay.
+        replayed: iterations that were replayed.
+        target: Step at which training was to go on.
+        detect_seconds: from the kill to the first survivor that noticed it; None where all stood still already.
+        join_seconds: from then to the decision: a process for the killed rank, and groups.
+        replay_seconds: from the decision to training again.
+        back_seconds: from the kill to training again; None if a further kill came first.
     """
 
     rank: int
-    life: int
     finished: int
     in_recovery: bool
-    source: str
-    first_step: int
-    replayed: int
-    run_again: int
-    conversion_seconds: float | None
-    back_seconds: float | None
+    recovery: int = -1
+    source: str = ""
+    scope: tuple[int, ...] = ()
+    replays: int = 0
+    replayed: int = 0
+    target: int = 0
+    detect_seconds: float | None = None
+    join_seconds: float | None = None
+    replay_seconds: float | None = None
+    back_seconds: float | None = None
 
 
-def recoveries(kills: Sequence[Kill], lives: Sequence[Attempt]) -> list[Recovery]:
-    """What followed each kill, by the lives of one rank."""
-    return [_recovery(kill, lives) for kill in kills]
+def outcomes(events: Sequence[Event], kills: Sequence[Kill], found: Sequence[LocalRecovery]) -> list[Outcome]:
+    """What followed each kill. `events` are those of all ranks, in the order of their times."""
+    return [_outcome(events, kill, found) for kill in kills]
 
 
-def _recovery(kill: Kill, lives: Sequence[Attempt]) -> Recovery:
-    life = max((i for i, a in enumerate(lives) if a.started <= kill.time), default=0)
-    following = lives[life + 1] if life + 1 < len(lives) else None
-    newest = max((int(e["iteration"]) + 1 for a in lives[: life + 1] for e in a.iterations), default=0)
-    own = [int(e["iteration"]) + 1 for e in lives[life].iterations] if lives else []
-    converted = [number + 1 for number in lives[life].replayed] if lives else []
-    seconds = following.recovery_seconds if following else None
-    back = None
-    if following is not None and following.iterations:
-        first = following.iterations[0]
-        back = float(first["time"]) - float(first["seconds"]) - kill.time
-    return Recovery(
-        rank=kill.rank,
-        life=life,
-        finished=max(own or converted or [lives[life].first_step if lives else 0]),
-        in_recovery=kill.in_recovery,
-        source=following.source if following else "",
-        first_step=following.first_step if following else 0,
-        replayed=len(following.replayed) if following else 0,
-        run_again=sum(int(e["iteration"]) < newest for e in following.iterations) if following else 0,
-        conversion_seconds=seconds,
-        back_seconds=back,
+def _outcome(events: Sequence[Event], kill: Kill, found: Sequence[LocalRecovery]) -> Outcome:
+    index = next((i for i, recovery in enumerate(found) if kill in recovery.kills), -1)
+    done: dict[int, int] = {}
+    for event in events:
+        if event["kind"] == "iteration" and event["time"] <= kill.time:
+            done[int(event["rank"])] = max(done.get(int(event["rank"]), 0), int(event["iteration"]) + 1)
+    finished = min(done.values(), default=0)
+    if index < 0:
+        return Outcome(kill.rank, finished, kill.in_recovery)
+    recovery = found[index]
+    until = min((other.time for other in recovery.kills if other.time > kill.time), default=recovery.ended)
+    own = [e for e in events if kill.time < e["time"] <= until]
+    noticed = next((float(e["time"]) for e in own if e["kind"] == "failure_noticed"), None)
+    decision = next((e for e in reversed(recovery.decisions) if kill.time < e["time"] <= until), None)
+    replayed = {e["iteration"] for e in own if e["kind"] == "recovery_phase" and e["phase"] in REPLAYING and e["done"]}
+    last = until == recovery.ended
+    base = Outcome(
+        kill.rank,
+        finished,
+        kill.in_recovery,
+        index,
+        replayed=len(replayed),
+        detect_seconds=None if noticed is None else noticed - kill.time,
+        back_seconds=recovery.ended - kill.time if last else None,
     )
+    return base if decision is None else _decided(base, kill, noticed, decision, recovery.ended if last else None)
 
 
-def recovery_table(found: Sequence[Recovery]) -> Table:
+def _decided(base: Outcome, kill: Kill, noticed: float | None, decision: Event, ended: float | None) -> Outcome:
+    values: dict[str, Any] = {
+        "source": decision["source"],
+        "scope": tuple(decision["scope"]),
+        "replays": max((decision["target"] - segment["run"][0] for segment in decision["segments"]), default=0),
+        "target": int(decision["target"]),
+        "join_seconds": float(decision["time"]) - (kill.time if noticed is None else noticed),
+        "replay_seconds": None if ended is None else ended - float(decision["time"]),
+    }
+    return Outcome(**{**asdict(base), **values})
+
+
+def recovery_table(found: Sequence[Outcome]) -> Table:
     """The kills as a table for a terminal."""
-    table = Table(box=box.SIMPLE_HEAD, title="kills", title_justify="left", title_style="bold")
-    for name in ("killed", "in", "from"):
+    # Narrow enough for 80 columns.
+    table = Table(box=box.SIMPLE_HEAD, title="kills", title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
+    for name in ("killed", "in", "rolls back"):
         table.add_column(name, no_wrap=True)
-    for name in ("replayed", "run again", "convert", "back in"):
+    for name in ("replayed", "detect", "join", "replay", "back in"):
         table.add_column(name, justify="right", no_wrap=True)
     for item in found:
         table.add_row(
             f"rank {item.rank}",
-            "a recovery" if item.in_recovery else f"iteration {item.finished + 1}",
-            "scratch" if item.source == "scratch" else f"step {item.first_step}",
-            str(item.replayed),
-            str(item.run_again),
-            _seconds(item.conversion_seconds),
+            "recovery" if item.in_recovery else f"iteration {item.finished + 1}",
+            _scope_text(item),
+            f"{item.replayed} of {max(item.replays, item.replayed)}" if item.source else "-",
+            _seconds(item.detect_seconds),
+            _seconds(item.join_seconds),
+            _seconds(item.replay_seconds),
             _seconds(item.back_seconds) if item.back_seconds is not None else "killed",
         )
     return table
 
 
-def verdict_table(comparison: Comparison, found: Sequence[Recovery]) -> Table:
+def _scope_text(item: Outcome) -> str:
+    if not item.source:
+        return "-"
+    if item.source != "local":
+        return f"all, {item.source}"
+    return listed("stage", item.scope)
+
+
+def replaced_wrongly(pids: Mapping[int, Sequence[int]], kills: Sequence[Kill]) -> tuple[int, ...]:
+    """Ranks that had more or fewer processes than one, and one more for every kill."""
+    wanted = {rank: 1 + sum(kill.rank == rank for kill in kills) for rank in pids}
+    return tuple(rank for rank, own in sorted(pids.items()) if len(set(own)) != wanted[rank])
+
+
+def verdict_table(comparison: Comparison, found: Sequence[Outcome], pids: Mapping[int, Sequence[int]]) -> Table:
     """The result in numbers as a table for a terminal."""
     table = Table(box=box.SIMPLE_HEAD, show_header=False, title="result", title_justify="left", title_style="bold")
     table.add_column()
@@ -108,8 +138,8 @@ def verdict_table(comparison: Comparison, found: Sequence[Recovery]) -> Table:
     back = [item.back_seconds for item in found if item.back_seconds is not None]
     rows: list[tuple[str, int | str]] = [
         ("workers killed", len(found)),
-        ("iterations replayed in conversions", sum(item.replayed for item in found)),
-        ("iterations run again", sum(item.run_again for item in found)),
+        ("processes started", sum(len(set(own)) for own in pids.values())),
+        ("iterations replayed", sum(item.replayed for item in found)),
         ("seconds from a kill to training again", f"{sum(back) / len(back):.1f} on average" if back else "n/a"),
         ("tensors compared", comparison.tensors),
         ("tensors different", len(comparison.different_tensors)),
@@ -131,7 +161,7 @@ def verdict(comparison: Comparison) -> str:
     )
 
 
-def summary_json(comparison: Comparison, found: Sequence[Recovery]) -> dict[str, Any]:
+def summary_json(comparison: Comparison, found: Sequence[Outcome], pids: Mapping[int, Sequence[int]]) -> dict[str, Any]:
     """Everything that the tables show, for programs."""
     return {
         "equal": comparison.equal,
@@ -140,6 +170,7 @@ def summary_json(comparison: Comparison, found: Sequence[Recovery]) -> dict[str,
         "figures_compared": comparison.figures,
         "figures_different": list(comparison.different_figures),
         "kills": [asdict(item) for item in found],
+        "pids": {str(rank): list(own) for rank, own in sorted(pids.items())},
     }
 
 

@@ -22,8 +22,10 @@ _SCALARS = {
 class TensorBoardScalars:
     """A listener for `EventLog.listen` that writes scalars, with iterations counted from 1 as Megatron does.
 
-    After a restart, scalars of iterations that run again replace those of the killed worker. A directory that can't be
-    written ends the scalars, never the training; `failure` then says why.
+    Every iteration has one point, whichever process wrote it: one that goes on after a failure elsewhere passes over
+    iterations that it has written already, and the one that takes over from a killed one replaces what that wrote of
+    iterations that run again. A directory that can't be written ends the scalars, never the training; `failure` then
+    says why.
     """
 
     def __init__(self, directory: Path, tokens_per_iteration: int) -> None:
@@ -31,7 +33,7 @@ class TensorBoardScalars:
         self._directory = directory
         self._tokens = tokens_per_iteration
         self._writer: Any = None
-        self._first_step = 0
+        self._first_step = self._written = 0
 
     def __call__(self, event: Event) -> None:
         """Takes one event; kinds without scalars are passed over."""
@@ -56,7 +58,12 @@ class TensorBoardScalars:
     def _take(self, event: Event) -> None:
         kind = event["kind"]
         if kind == "start":
-            _, self._first_step = start_of(event)
+            self._begin_at(start_of(event)[1])
+        elif kind == "recovery_started":
+            # A process that takes over a rank starts here; without catching up it is only told of what is later.
+            self._begin_at(int(event["last"]))
+        elif kind == "resumed":
+            self._resumed(event)
         elif kind == "recovery_finished":
             writer, step = self._open(), int(event["step"])
             writer.add_scalar("sparse-ckpt/recovery-seconds", event["seconds"], step)
@@ -65,8 +72,24 @@ class TensorBoardScalars:
         elif kind == "iteration":
             self._iteration(event)
 
+    def _begin_at(self, step: int) -> None:
+        if self._writer is None:
+            self._first_step = self._written = step
+
+    def _resumed(self, event: Event) -> None:
+        writer, step = self._open(), int(event["step"])
+        for phase, seconds in event["longest_phase_seconds"].items():
+            writer.add_scalar(f"sparse-ckpt-recovery/{phase}-seconds", seconds, step)
+        writer.add_scalar("sparse-ckpt-recovery/seconds", event["seconds"], step)
+        writer.add_scalar("sparse-ckpt-recovery/replayed-iterations", event["replayed"], step)
+        writer.add_scalar("sparse-ckpt-recovery/scope-stages", len(event["scope"]), step)
+        writer.flush()
+
     def _iteration(self, event: Event) -> None:
         writer, number = self._open(), int(event["iteration"]) + 1
+        if number <= self._written:
+            return
+        self._written = number
         for name, key in _SCALARS.items():
             if event.get(key) is not None:
                 writer.add_scalar(name, event[key], number)

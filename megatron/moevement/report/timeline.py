@@ -63,7 +63,9 @@ def window_timeline(events: Sequence[Event], default_mode: str = "rolling") -> W
     """
     commits = [e for e in events if e["kind"] == "slot"]
     for attempt in reversed(attempts(events)):
-        for window in reversed(list(_windows(attempt.iterations))):
+        # Iterations that a recovery replays or that a failure interrupts have no ordinary times.
+        plain = [e for e in attempt.iterations if not e.get("replayed") and not e.get("interrupted")]
+        for window in reversed(list(_windows(plain))):
             # A step that runs again after a kill is committed again, behind the start of its own iteration.
             own = {
                 int(e["iteration"]): c

@@ -49,20 +49,20 @@ class Agreement:
         if differing:
             raise AgreementError(f"{what} differs between rank 0 ({values[0]}) and ranks {differing}")
 
-    def start_minimum(self, value: int) -> None:
-        """Starts the minimum of `value` over all ranks without waiting for it."""
-        tensor = torch.tensor([value], dtype=torch.int64)
+    def start_minimum(self, values: Sequence[int]) -> None:
+        """Starts the element-wise minimum of `values` over all ranks without waiting for it."""
+        tensor = torch.tensor(values, dtype=torch.int64)
         work = dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self._group, async_op=True)
         self._pending = (tensor, work)
 
-    def finish_minimum(self) -> int | None:
+    def finish_minimum(self) -> tuple[int, ...] | None:
         """The result of the last `start_minimum`, or None if there is none under way."""
         if self._pending is None:
             return None
         tensor, work = self._pending
         self._pending = None
         work.wait()
-        return int(tensor.item())
+        return tuple(int(value) for value in tensor)
 
     def forget(self) -> None:
         """Drops a minimum that is under way: its group is gone."""

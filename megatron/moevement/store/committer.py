@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from megatron.moevement import injection
 from megatron.moevement.errors import SlotInvalid
 from megatron.moevement.store.format import Manifest, region_digests
 from megatron.moevement.store.host_store import HostStore, SlotLease
@@ -65,9 +66,10 @@ class Committer:
         self._queue.join()
 
     def close(self) -> None:
-        """Finishes the queue and ends the thread."""
-        self._queue.put(None)
-        self._thread.join()
+        """Finishes the queue and ends the thread; may be called again, as an interrupted recovery does."""
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
 
     def _work(self) -> None:
         while True:
@@ -93,6 +95,7 @@ class Committer:
         if self._digests is not None:
             digests = region_digests(self._digests, slot.lease.data_address, slot.regions)
         seconds = time.perf_counter() - started
+        injection.reached("commit", slot.lease.step)
         try:
             self._store.commit(slot.lease, replace(slot.manifest, digests=digests), slot.data_bytes)
         except SlotInvalid as error:

@@ -14,6 +14,8 @@ quiet.quiet_core_warnings()
 cpu_backend.hide_cuda()
 cpu_backend.install()
 
+from megatron.core import parallel_state  # noqa: E402
+
 from megatron.moevement.integration import corpus, distributed, groups, job  # noqa: E402
 
 MakeConfig = Callable[..., TrainingConfig]
@@ -68,7 +70,7 @@ def topology(make_config: MakeConfig) -> Iterator[distributed.Topology]:
 
 def follow(topology: distributed.Topology) -> None:
     """Tests of generations leave other groups behind: the topology of the session goes over to them."""
-    if topology.groups.pp in dist.distributed_c10d._world.pg_map:
+    if topology.groups.pp is parallel_state.get_pipeline_model_parallel_group():
         return
     held = {name: group for name, group in vars(topology.groups).items() if isinstance(group, dist.ProcessGroup)}
     now = distributed.topology_of(topology.device, dist.new_group(backend="gloo"))

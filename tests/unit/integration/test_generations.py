@@ -36,6 +36,11 @@ class Link:
         self.generation, self.failed = self.generation + 1, False
         return self.generation
 
+    def check(self) -> None:
+        """As the real one does."""
+        if self.failed:
+            raise PeerLost("failed")
+
     def store(self) -> Any:
         """A new one."""
         return groups.nowhere()

@@ -21,6 +21,8 @@ def iteration(number: int, time: float, rank: int = 0, seconds: float = 1.0, **v
         "loss": 5.0 - 0.1 * number,
         "grad_norm": 1.0 + 0.25 * number,
         "skipped": False,
+        "replayed": False,
+        "interrupted": False,
         "learning_rate": 1e-3,
         "seconds": seconds,
         "slot_bytes": 3 << 20,
@@ -67,7 +69,7 @@ def disturbed_run(rank: int = 0) -> list[Event]:
 
     def recovery(time: float, replays: int) -> list[Event]:
         events = [start(time, [4, 7], rank=rank)]
-        events.append(event("recovery_started", time, rank, first=4, last=7, replays=3))
+        events.append(event("recovery_started", time, rank, first=4, last=7, replays=3, source="own host memory"))
         for n in range(replays):
             figures = {"step": 4 + n, "loaded_full": 3, "frozen": 9 - 3 * n, "replayed": True, "seconds": 1.0}
             events.append(event("conversion", time + 1 + n, rank, **figures))
@@ -81,3 +83,71 @@ def disturbed_run(rank: int = 0) -> list[Event]:
     done = {"step": 7, "replays": 3, "compared": 12, "different": 0, "seconds": 4.0}
     events.append(event("recovery_finished", 144.0, rank, **done))
     return [*events, *life(7, 16, 144.0, rank), event("finished", 160.0, rank, kept=False)]
+
+
+def phase(name: str, time: float, rank: int, done: int = 0, of: int = 0, **values: Any) -> Event:
+    return event("recovery_phase", time, rank, phase=name, done=done, of=of, **values)
+
+
+def _advance(name: str, times: list[float], rank: int, first: int, of: int) -> list[Event]:
+    return [
+        phase(name, time, rank, done, of, iteration=first + done - 1, seconds=0.5)
+        for done, time in enumerate(times, start=1)
+    ]
+
+
+def _decided(time: float, rank: int, generation: int, scope: list[int], feeders: list[int]) -> Event:
+    segment = {"stages": scope, "run": [1, 4], "feeders": feeders}
+    facts = {"source": "local", "target": 5, "scope": scope, "segments": [segment], "replaced": scope}
+    return event("decision", time, rank, generation=generation, roll_forward=[], reasons=[], **facts)
+
+
+def _resumed(rank: int, replayed: int) -> list[Event]:
+    seconds = {"leave": 0.1, "join": 2.5, "convert": 3.5, "catch_up": 0.9, "serve": 3.6}
+    facts = {"step": 5, "source": "local", "scope": [1, 2], "replayed": replayed, "seconds": 7.7}
+    return [
+        event("resumed", 113.2, rank, generation=2, phase_seconds=seconds, longest_phase_seconds=seconds, **facts),
+        phase("train", 113.21, rank),
+    ]
+
+
+LOCAL_KILLS = ((1, 105.4, False), (2, 108.2, True))
+
+
+def local_run() -> list[Event]:
+    """Three ranks of three stages: rank 1 is killed in iteration 6, and rank 2 while rank 1's stage replays."""
+    events: list[Event] = []
+    for rank in range(3):
+        events += [
+            event("process", 99.0, rank, pid=1000 + rank, replacement=False, stage=rank),
+            start(100.0, rank=rank),
+        ]
+        events += life(0, 5, 100.0, rank)
+        events += _resumed(rank, 5)
+        events += life(5, 9, 114.0, rank)
+    for rank in (0, 2):
+        events += [event("failure_noticed", 105.5 + rank / 100, rank, step=5, reason="closed")]
+        events += [phase("leave", 105.51 + rank / 100, rank), phase("join", 105.6, rank)]
+        events += [
+            phase("agree", 107.2, rank),
+            _decided(107.3, rank, 1, [1], [0, 2]),
+            phase("serve", 107.4, rank, of=4),
+        ]
+        events += _advance("serve", [107.9], rank, 1, 4)
+    events += [event("process", 107.0, 1, pid=2001, replacement=True, stage=1), phase("join", 107.0, 1)]
+    events += [phase("agree", 107.2, 1), _decided(107.3, 1, 1, [1], [0, 2]), phase("load", 107.4, 1)]
+    events += [phase("convert", 107.5, 1, of=3), *_advance("convert", [108.0], 1, 1, 3)]
+    for rank in (0, 1):
+        events += [event("failure_noticed", 108.3 + rank / 100, rank, step=5, reason="closed")]
+        events += [phase("leave", 108.32, rank), phase("join", 108.4, rank)]
+    events += [event("process", 109.0, 2, pid=3002, replacement=True, stage=2), phase("join", 109.0, 2)]
+    for rank in range(3):
+        events += [phase("agree", 109.2, rank), _decided(109.3, rank, 2, [1, 2], [0])]
+    events += [phase("serve", 109.4, 0, of=4), *_advance("serve", [110.0, 111.0, 112.0, 112.9], 0, 1, 4)]
+    for rank in (1, 2):
+        events += [phase("load", 109.4, rank), phase("convert", 109.5, rank, of=3)]
+        events += _advance("convert", [110.0, 111.0, 112.0], rank, 1, 3)
+        events += [phase("catch_up", 112.2, rank, of=1), *_advance("catch_up", [113.0], rank, 4, 1)]
+        events.append(iteration(4, 113.0, rank, replayed=True))
+    events += [phase("meet", 113.1, rank) for rank in range(3)]
+    return sorted(events, key=lambda e: float(e["time"]))

@@ -3,26 +3,28 @@ from pathlib import Path
 import pytest
 
 from megatron.moevement.report.plots import LossPlot, plot_losses, plot_window
-from megatron.moevement.report.read_events import attempts
-from megatron.moevement.report.summary import recoveries
+from megatron.moevement.report.recoveries import local_recoveries
+from megatron.moevement.report.summary import outcomes
 from megatron.moevement.report.timeline import window_timeline
-from tests.unit.report.synthetic import disturbed_run, life, start
-from tests.unit.report.test_summary import KILLS
+from tests.unit.report.synthetic import disturbed_run, life, local_run, start
+from tests.unit.report.test_recoveries import KILLS
 
 PNG = b"\x89PNG"
 
 
 @pytest.mark.parametrize("error", [0.0, 1e-3])
 def test_losses(tmp_path: Path, error: float) -> None:
-    lives = attempts(disturbed_run())
-    losses = {number: 5.0 - 0.1 * number + error * (number > 9) for number in range(16)}
+    events = local_run()
+    found = local_recoveries(events, KILLS)
+    iterations = [e for e in events if e["kind"] == "iteration" and e["rank"] == 0]
+    losses = {number: 5.0 - 0.1 * number + error * (number > 6) for number in range(9)}
     path = tmp_path / "losses.png"
-    plot_losses(LossPlot(losses, lives, recoveries(KILLS, lives), "verdict", not error), path)
+    plot_losses(LossPlot(losses, iterations, found, outcomes(events, KILLS, found), "verdict", not error), path)
     assert path.read_bytes().startswith(PNG)
 
 
 def test_losses_of_nothing(tmp_path: Path) -> None:
-    plot_losses(LossPlot({}, [], [], "nothing ran", False), tmp_path / "losses.png")
+    plot_losses(LossPlot({}, [], [], [], "nothing ran", False), tmp_path / "losses.png")
     assert (tmp_path / "losses.png").read_bytes().startswith(PNG)
 
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from megatron.moevement.report.progress import ProgressDisplay, ProgressSettings, plain_line
-from tests.unit.report.synthetic import disturbed_run, event, iteration, start
+from tests.unit.report.synthetic import disturbed_run, event, iteration, local_run, start
 
 
 class Terminal(io.StringIO):
@@ -48,7 +48,7 @@ def test_plain_narrates_a_recovery() -> None:
     text = _shown("plain", io.StringIO())
     assert "start: from scratch" in text
     assert "start: slots of steps 4 to 7 can be loaded by every rank" in text
-    assert "recovery: converting slots of steps 4 to 7, 3 iterations to replay" in text
+    assert "recovery: converting slots of steps 4 to 7 from own host memory, 3 iterations to replay" in text
     assert "  slot 2/4: 3 operators loaded, 6 still frozen, replayed iteration 6, 1.00 s" in text
     assert "dense state of step 7 after 3 replays in 4.00 s; 12 recorded values compared, all bitwise equal" in text
 
@@ -77,6 +77,7 @@ def test_troubles_are_told() -> None:
     display(event("transcript_failed", 1.0, iteration=7, reason="a copy failed"))
     display(event("window_given_up", 1.0, step=2, reason="no free slot"))
     display(event("reorder", 1.0, step=8, refused=True))
+    display(event("injected", 1.0, fault="rank 1: SIGKILL"))
     display(event("a kind of another version", 1.0))
     assert stream.getvalue().splitlines() == [
         "slot of step 3 failed, training goes on: no free slot",
@@ -85,6 +86,7 @@ def test_troubles_are_told() -> None:
         "no boundary transcript of iteration 7: a copy failed",
         "slot of step 2 given up: no free slot",
         "order of experts changed at step 8, refused: the new order's slots would not fit",
+        "fault injected: rank 1: SIGKILL",
     ]
 
 
@@ -134,3 +136,39 @@ def test_later_prints_survive_a_broken_pipe() -> None:
 def test_default_stream_is_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
     ProgressDisplay(_settings("plain"), sys.stdout)(iteration(0, 1.0))
     assert capsys.readouterr().out.startswith("iteration  1/16")
+
+
+def _local(mode: str, stream: io.StringIO, rank: int = 0) -> str:
+    display = ProgressDisplay(_settings(mode), stream)
+    for item in local_run():
+        if item["rank"] == rank:
+            display(item)
+    display.close()
+    return stream.getvalue()
+
+
+def test_a_localized_recovery_is_narrated_and_its_replays_are_no_iterations() -> None:
+    text = _local("plain", io.StringIO(), rank=1)
+    assert "recovery: process 2001 has taken over rank 1" in text
+    assert "  catching up 1/1: replayed iteration 5" in text
+    assert "recovery: training goes on at step 5 after 7.7 s; 5 iterations replayed" in text
+    numbers = [line.split()[1] for line in text.splitlines() if line.startswith("iteration")]
+    assert numbers == [f"{number}/16" for number in range(1, 10)]
+
+
+def test_the_live_display_shows_the_recovery_while_it_goes_on() -> None:
+    text = _local("live", Terminal())
+    assert "recovery: serving" in text
+    assert "2/4" in text
+    last = text[text.rindex("iteration 9/16") :]
+    assert "recovery: " not in last
+    assert "step 5, 5 replays, 7.7 s" in last
+
+
+def test_less_severe_events_are_not_narrated_in_a_recovery_either() -> None:
+    stream = io.StringIO()
+    settings = ProgressSettings(train_iters=16, tokens_per_iteration=1, log_interval=1, mode="plain", level="error")
+    display = ProgressDisplay(settings, stream)
+    for item in local_run():
+        display(item)
+    assert "recovery" not in stream.getvalue()

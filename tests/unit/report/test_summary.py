@@ -1,55 +1,69 @@
+import pytest
 from rich.console import Console
 
 from megatron.moevement.report.compare import Comparison
-from megatron.moevement.report.read_events import attempts
+from megatron.moevement.report.recoveries import Kill, local_recoveries, processes
 from megatron.moevement.report.summary import (
-    Kill,
-    recoveries,
+    Outcome,
+    outcomes,
     recovery_table,
+    replaced_wrongly,
     summary_json,
     verdict,
     verdict_table,
 )
-from tests.unit.report.synthetic import disturbed_run
+from tests.unit.report.synthetic import local_run
+from tests.unit.report.test_recoveries import KILLS
 
-KILLS = (Kill(1, 102.5, False), Kill(3, 119.5, False), Kill(0, 131.5, True))
+
+def _outcomes() -> list[Outcome]:
+    return outcomes(local_run(), KILLS, local_recoveries(local_run(), KILLS))
 
 
 def test_what_followed_each_kill() -> None:
-    early, late, nested = recoveries(KILLS, attempts(disturbed_run()))
-    assert (early.life, early.finished, early.source, early.replayed, early.run_again) == (0, 2, "scratch", 0, 2)
-    assert early.back_seconds == 7.5
-    assert early.conversion_seconds is None
-    assert (late.life, late.finished, late.source, late.first_step) == (1, 9, "slots", 7)
-    assert (late.replayed, late.back_seconds) == (1, None)
-    assert (nested.life, nested.finished, nested.replayed, nested.run_again) == (2, 5, 3, 2)
-    assert nested.conversion_seconds == 4.0
-    assert nested.back_seconds == 12.5
+    first, nested = _outcomes()
+    assert (first.rank, first.finished, first.in_recovery, first.recovery) == (1, 5, False, 0)
+    assert (first.source, first.scope, first.target) == ("local", (1,), 5)
+    assert (first.replayed, first.replays, first.back_seconds, first.replay_seconds) == (1, 4, None, None)
+    assert first.detect_seconds == pytest.approx(0.1)
+    assert first.join_seconds == pytest.approx(1.8)
+    assert (nested.rank, nested.in_recovery, nested.scope) == (2, True, (1, 2))
+    assert (nested.replayed, nested.replays) == (4, 4)
+    assert nested.replay_seconds == pytest.approx(3.9)
+    assert nested.back_seconds == pytest.approx(5.0)
 
 
-def test_a_kill_without_a_later_life() -> None:
-    (last,) = recoveries([Kill(2, 999.0, False)], attempts(disturbed_run()))
-    assert (last.source, last.back_seconds) == ("", None)
-    assert recoveries([Kill(2, 999.0, False)], [])[0].finished == 0
+def test_a_kill_without_a_recovery() -> None:
+    late = Kill(2, 999.0, False)
+    (last,) = outcomes(local_run(), [late], local_recoveries(local_run(), [late]))
+    assert (last.finished, last.recovery, last.source, last.back_seconds) == (9, -1, "", None)
+    assert outcomes([], [late], [])[0].finished == 0
 
 
 def test_tables_fit_into_eighty_columns() -> None:
-    found = recoveries(KILLS, attempts(disturbed_run()))
+    found = [*_outcomes(), Outcome(3, 123, False, source="scratch"), Outcome(1, 5, False)]
     comparison = Comparison(650, (), 96, ())
     console = Console(width=80, record=True, force_terminal=False)
     with console.capture() as capture:
-        console.print(recovery_table(found), verdict_table(comparison, found))
+        console.print(recovery_table(found), verdict_table(comparison, found, processes(local_run())))
     text = capture.get()
-    assert "iteration 10" in text
-    assert "a recovery" in text
+    for words in ("iteration 6", "recovery", "stages 1, 2", "1 of 4", "all, scratch", "killed"):
+        assert words in text
     assert "..." not in text
     assert "\u2026" not in text
     assert verdict(comparison).startswith("0 of 96 losses and gradient norms and 0 of 650 tensors")
 
 
+def test_only_killed_workers_may_be_replaced() -> None:
+    pids = processes(local_run())
+    assert replaced_wrongly(pids, KILLS) == ()
+    assert replaced_wrongly(pids, KILLS[:1]) == (2,)
+    assert replaced_wrongly({**pids, 0: [1000, 4000]}, KILLS) == (0,)
+
+
 def test_summary_for_programs() -> None:
-    found = recoveries(KILLS, attempts(disturbed_run()))
-    content = summary_json(Comparison(2, ("rank 0: a",), 1, ()), found)
+    content = summary_json(Comparison(2, ("rank 0: a",), 1, ()), _outcomes(), processes(local_run()))
     assert content["equal"] is False
     assert content["tensors_different"] == ["rank 0: a"]
-    assert [kill["rank"] for kill in content["kills"]] == [1, 3, 0]
+    assert [kill["rank"] for kill in content["kills"]] == [1, 2]
+    assert content["pids"]["1"] == [1001, 2001]

@@ -3,7 +3,7 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron.moevement.report.tensorboard import TensorBoardScalars
-from tests.unit.report.synthetic import disturbed_run, iteration
+from tests.unit.report.synthetic import disturbed_run, event, iteration, local_run
 
 
 def test_replayed_iterations_do_not_double(tmp_path: Path) -> None:
@@ -24,6 +24,39 @@ def test_replayed_iterations_do_not_double(tmp_path: Path) -> None:
     names = set(read.Tags()["scalars"])
     assert {"grad-norm", "learning-rate", "iteration-seconds", "sparse-ckpt/slot-bytes"} <= names
     assert {"sparse-ckpt/stall-seconds", "sparse-ckpt/oldest-age-steps", "sparse-ckpt/failed-slots"} <= names
+
+
+def _points(directory: Path) -> EventAccumulator:
+    read = EventAccumulator(str(directory))
+    read.Reload()
+    return read
+
+
+def test_the_process_that_takes_over_rank_0_leaves_no_gap_and_no_double(tmp_path: Path) -> None:
+    killed, successor = TensorBoardScalars(tmp_path, 1024), TensorBoardScalars(tmp_path, 1024)
+    for number in range(4):
+        killed(iteration(number, 100.0 + number))
+    # Iteration 5 was finished by others, and told by the killed one no more.
+    successor(event("recovery_started", 110.0, first=0, last=3, replays=3))
+    successor(event("recovery_finished", 110.5, step=3, replays=3, seconds=1.0))
+    for number in (3, 4):
+        successor(iteration(number, 111.0 + number, replayed=True))
+    for item in [e for e in local_run() if e["rank"] == 0 and e["time"] > 113.1]:
+        successor(item)
+    successor.close()
+    read = _points(tmp_path)
+    assert [point.step for point in read.Scalars("lm loss")] == list(range(1, 10))
+    for name, value in (("replayed-iterations", 5.0), ("scope-stages", 2.0), ("convert-seconds", 3.5)):
+        (point,) = read.Scalars(f"sparse-ckpt-recovery/{name}")
+        assert (point.step, point.value) == (5, value)
+
+
+def test_a_survivor_writes_what_it_replays_only_once(tmp_path: Path) -> None:
+    scalars = TensorBoardScalars(tmp_path, 1024)
+    for item in [e for e in local_run() if e["rank"] == 2]:
+        scalars(item)
+    scalars.close()
+    assert [point.step for point in _points(tmp_path).Scalars("lm loss")] == list(range(1, 10))
 
 
 def test_a_skipped_iteration_has_no_norm(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def exchange(agreement: Agreement) -> dict[str, Any]:
     found: dict[str, Any] = {"rank": rank, "size": agreement.size, "nothing": agreement.finish_minimum()}
     found["gather"] = agreement.gather({"rank": rank, "names": frozenset({str(rank)})})
     found["maximum"] = agreement.maximum([float(rank), -float(rank), 2.0**60 + 2**10 * rank])
-    agreement.start_minimum(10 - rank)
+    agreement.start_minimum((10 - rank, rank))
     found["minimum"], found["taken"] = agreement.finish_minimum(), agreement.finish_minimum()
     agreement.require_equal("window", 4)
     try:
@@ -40,7 +40,7 @@ def expected(rank: int) -> dict[str, Any]:
         "nothing": None,
         "gather": [{"rank": r, "names": frozenset({str(r)})} for r in range(RANKS)],
         "maximum": (2.0, 0.0, 2.0**60 + 2**11),
-        "minimum": 8,
+        "minimum": (8, 0),
         "taken": None,
         "error": "window differs between rank 0 (4) and ranks [2]",
     }

@@ -50,6 +50,10 @@ def test_closing_finishes_what_was_handed_over(tmp_path: Path) -> None:
         committer.submit(slot)
     committer.close()
     assert done == [0, 1, 2, 3] and set(store.committed) == {0, 1, 2, 3}
+    # A recovery that is interrupted before it has a new committer closes this one again.
+    for _ in range(3):
+        committer.close()
+        committer.drain()
 
 
 def test_a_slot_without_room_is_reported_and_free_again(tmp_path: Path) -> None:
