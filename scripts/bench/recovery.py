@@ -174,7 +174,9 @@ def backend(options: argparse.Namespace) -> list[str]:
         return ["--use-cpu", "--distributed-backend", "gloo"]
     import torch
 
-    return ["--distributed-backend", "nccl" if torch.cuda.device_count() >= ranks(options) else "gloo"]
+    found = "nccl" if torch.cuda.device_count() >= ranks(options) else "gloo"
+    # A replay whose sends differ in a bit from what the neighbours received is an error.
+    return ["--deterministic-mode", "--distributed-backend", found]
 
 
 def job_command(

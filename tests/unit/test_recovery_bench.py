@@ -98,6 +98,7 @@ def test_comparison_and_the_paper_s_intervals() -> None:
     local = figures.figures(local_recovery(), 1, True, 6)
     result: dict[str, Any] = {
         "window": 3,
+        "dense_interval": 22,
         "variants": {"local rolling": local, "global rolling": local, "dense": local},
     }
     figures.compare(result)
@@ -106,6 +107,7 @@ def test_comparison_and_the_paper_s_intervals() -> None:
     assert rolling["stages"]["1"]["gain"] == 0.0
     assert rolling["stages"]["1"]["gain_on_own_cores"] == pytest.approx(1 - 0.8 / 1.2)
     assert rolling["busy_share_of_others"] == pytest.approx(1.1 / 1.65)
+    assert set(result["dense_computed"]) == {"Gemini, MTBF 1 h", "CheckFreq"}
     computed = result["dense_computed"]["CheckFreq"]
     assert computed["seconds"] == pytest.approx(11.0 - 0.5 + 39 * 0.5 / 3)
 
