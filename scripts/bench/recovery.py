@@ -73,6 +73,8 @@ EXIT_FAILED = 1
 def main() -> int:
     """Run the benchmark; the exit status is 1 if a variant could not be measured."""
     options = parse()
+    # The job must not outlive this process, nor its slots in shared memory.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     result = heading(options)
