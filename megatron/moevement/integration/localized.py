@@ -64,22 +64,24 @@ class LocalizedTraining:
         self._clean = False
         # Ranks whose processes were replaced since training last went on.
         self._replaced: set[int] = {link.rank} if link.replacement else set()
+        self._newest_dense: Callable[[], int | None] = lambda: None
         job.agree_to_update = self._agree_to_update
         events.listen(self._note_progress)
 
-    def run(self, begin: Callable[[], None], train: Callable[[], None]) -> None:
+    def run(self, begin: Callable[[], None], train: Callable[[], None], newest_dense: Callable[[], int | None]) -> None:
         """Trains to the end.
 
         Args:
             begin: makes the state that training starts from, on all ranks: from slots, from a dense checkpoint or from
                 scratch.
             train: trains on from `job.step` to the end.
+            newest_dense: step of the newest dense checkpoint that could be loaded, None without one.
 
         Raises:
             JobEnded: the agent stops the job.
             RecoveryError: the replay wasn't exact.
         """
-        first = not self._link.replacement
+        first, self._newest_dense = not self._link.replacement, newest_dense
         self._events.emit("process", pid=os.getpid(), replacement=not first, stage=self._job.topology.pipeline_rank)
         while True:
             try:
@@ -226,7 +228,7 @@ class LocalizedTraining:
             operators=slots.operators,
             transcript=self._transcription.offer(),
             records=records,
-            dense_step=None,
+            dense_step=self._newest_dense(),
             problems=slots.problems,
         )
         return grid, self._agreement.gather(offer)
