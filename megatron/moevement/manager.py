@@ -96,6 +96,7 @@ class SparseCheckpointManager:
         self._records: dict[int, IterationRecord] = {}
         self._found, self._unusable, self._alone = Found(None, "no slots"), frozenset[int](), False
         self._loadable_everywhere = self._told = -1
+        self._verified = False
         self._started = False
         self._iteration_starts: list[float] = []
         self._first_step = 0
@@ -218,7 +219,7 @@ class SparseCheckpointManager:
             return SlotOffer("", {}, self._state.table.names, records, (self._found.problem,))
         reader = SlotReader(store, self._state.table, self._agreement.rank, self._digests)
         usable, rejected = reader.verified() if verify else (store.committed, {})
-        self._unusable = frozenset(rejected)
+        self._unusable, self._verified = frozenset(rejected), verify
         problems = tuple(f"slot of step {step}: {why}" for step, why in rejected.items())
         return SlotOffer(store.content["run_id"], usable, self._state.table.names, records, problems)
 
@@ -232,6 +233,11 @@ class SparseCheckpointManager:
         assert run is not None and store is not None
         if self._cycle is not None:
             self._cycle.close()
+        if not self._verified:
+            # This stage has joined others that failed. What is found wrong isn't offered when all agree again.
+            reader = SlotReader(store, self._state.table, self._agreement.rank, self._digests)
+            for step in run.steps:
+                reader.verify(step)
         self._records.update(records)
         self._convert(store, run, self._unusable, group)
         self._alone = True

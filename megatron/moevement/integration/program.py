@@ -197,7 +197,11 @@ def _train_with_manager(
             # Inside, so that a rank that dies in the last save is replaced too.
             saver.save()
 
-        localized.run(begin, train, lambda: _newest_step(job))
+        def newest_dense() -> int | None:
+            found = _newest_dense(job, also_save=True)
+            return None if found is None else found[1]
+
+        localized.run(begin, train, newest_dense)
         durable = saver.save()
         transcription.close(keep=sparse.keep or not durable)
     kept = manager.finish(durable)
@@ -212,8 +216,10 @@ def _newest_dense(job: TrainingJob, also_save: bool) -> tuple[str, int] | None:
     In a first start only `--load` counts, as in Megatron: `--save` may hold the checkpoints of another run.
     """
     candidates = []
-    for directory in {job.config.load, job.config.save if also_save else None} - {None}:
-        assert directory is not None
+    # In one order on all ranks: each answer is rank 0's.
+    for directory in dict.fromkeys((job.config.load, job.config.save if also_save else None)):
+        if directory is None:
+            continue
         step = find_dense(directory).step
         if step is not None:
             candidates.append((step, str(directory)))
@@ -223,13 +229,6 @@ def _newest_dense(job: TrainingJob, also_save: bool) -> tuple[str, int] | None:
         return None
     step, directory = max(candidates)
     return directory, step
-
-
-def _newest_step(job: TrainingJob) -> int | None:
-    """Step of the newest dense checkpoint in `--load` and `--save`, None without one."""
-    directories = [directory for directory in (job.config.load, job.config.save) if directory is not None]
-    steps = [step for step in (find_dense(directory).step for directory in directories) if step is not None]
-    return max(steps, default=None)
 
 
 def _refuse_foreign_checkpoint(job: TrainingJob) -> None:
