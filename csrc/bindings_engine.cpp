@@ -34,7 +34,7 @@ std::unique_ptr<CopyEngine, DeleteInOwner> make_engine(const std::string& device
                                                        double bytes_per_second_limit,
                                                        std::size_t burst_chunks_in_flight,
                                                        std::uint64_t max_chunk_bytes,
-                                                       std::uint64_t gather_bytes_limit) {
+                                                       std::uint64_t gather_bytes_limit, std::size_t copy_streams) {
   const EngineLimits limits{chunk_bytes,          chunks_in_flight,       max_queued_tickets,
                             max_finished_tickets, bytes_per_second_limit, burst_chunks_in_flight,
                             max_chunk_bytes};
@@ -43,7 +43,7 @@ std::unique_ptr<CopyEngine, DeleteInOwner> make_engine(const std::string& device
   if (device == "cpu") {
     copier = make_cpu_device();
   } else if (device == "cuda") {
-    copier = make_cuda_device(device_index, gather_bytes_limit);
+    copier = make_cuda_device(device_index, gather_bytes_limit, copy_streams);
   } else {
     throw std::invalid_argument("device must be 'cpu' or 'cuda', got '" + device + "'" + MOEVEMENT_HERE);
   }
@@ -176,8 +176,10 @@ void bind_engine(py::module_& module) {
 device: 'cpu' or 'cuda'. chunk_bytes: bytes a chunk. chunks_in_flight: chunks started and not over, of all tickets.
 max_queued_tickets: unfinished tickets, running ones included. max_finished_tickets: finished tickets that can
 still be asked for; older ones are dropped. bytes_per_second_limit: 0 is none. burst_chunks_in_flight: chunks in flight
-for hurried tickets, 0 is twice chunks_in_flight (64 at most). max_chunk_bytes: the most that set_chunks may ask for; a
+for hurried tickets, if that is more than chunks_in_flight (64 at most). max_chunk_bytes: the most that set_chunks may ask for; a
 larger chunk_bytes raises it. gather_bytes_limit: device memory through which small pieces travel together, 0 is none.
+copy_streams: CUDA streams on which chunks take turns (1 to 8), each chunk behind the one before; with one only, other
+copies of the process can be held up until the engine is idle.
 Raises ValueError for limits out of range, EngineError when 'cuda' is asked for and there is none.
 An engine belongs to the process that made it; in a fork its methods raise EngineError.
 )");
@@ -189,7 +191,8 @@ An engine belongs to the process that made it; in a fork its methods raise Engin
              py::arg("bytes_per_second_limit") = 0.0,
              py::arg("burst_chunks_in_flight") = EngineLimits{}.burst_chunks_in_flight,
              py::arg("max_chunk_bytes") = EngineLimits{}.max_chunk_bytes,
-             py::arg("gather_bytes_limit") = std::uint64_t{32} << 20, ReleaseGil());
+             py::arg("gather_bytes_limit") = std::uint64_t{32} << 20, py::arg("copy_streams") = kCopyStreams,
+             ReleaseGil());
   bind_submits(engine);
   bind_tickets(engine);
   bind_pace(engine);

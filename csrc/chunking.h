@@ -18,7 +18,7 @@ struct CopyPiece {
 enum class Direction { other, to_host, to_device };
 
 // Pieces of this size and more gain nothing from being gathered.
-constexpr std::uint64_t kDirectBytes = std::uint64_t{1} << 20;
+constexpr std::uint64_t kDirectBytes = std::uint64_t{2} << 20;
 // A kernel's parameters hold the descriptors of so many pieces.
 constexpr std::size_t kMaxPiecesPerChunk = 128;
 // Separate copies of one chunk: not so many that a cancel waits long for them.

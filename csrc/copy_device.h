@@ -21,6 +21,9 @@ class Fence {
 // Chunks in flight are numbered by slots, 0 to kMaxChunksInFlight - 1.
 constexpr std::size_t kMaxChunksInFlight = 64;
 
+constexpr std::size_t kCopyStreams = 2;
+constexpr std::size_t kMaxCopyStreams = 8;
+
 class CopyDevice {
  public:
   virtual ~CopyDevice() = default;
@@ -51,8 +54,9 @@ class CopyDevice {
 
 std::unique_ptr<CopyDevice> make_cpu_device();
 // Throws EngineError without a usable GPU, and always in a build without CUDA. `gather_bytes_limit`: device memory for
-// gathering small pieces, 0 for none.
-std::unique_ptr<CopyDevice> make_cuda_device(int index, std::uint64_t gather_bytes_limit);
+// gathering small pieces, 0 for none. `copy_streams`: streams on which chunks take turns, 1 to kMaxCopyStreams.
+std::unique_ptr<CopyDevice> make_cuda_device(int index, std::uint64_t gather_bytes_limit,
+                                             std::size_t copy_streams = kCopyStreams);
 // "13.0", or null in a build without CUDA.
 const char* cuda_version();
 // Whether this build can gather small pieces on the GPU.

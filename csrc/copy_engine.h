@@ -73,7 +73,7 @@ class CopyEngine {
                      const Poll& poll = {});
 
   // The caller is about to wait for the ticket: it and the tickets before it of its priority are not spread out nor
-  // paused any more, and have more chunks in flight. Nothing happens to a finished one. Throws UnknownTicket.
+  // paused any more, and may have more chunks in flight. Nothing happens to a finished one. Throws UnknownTicket.
   void hurry(std::uint64_t ticket);
   // A small copy of somebody else is about to be awaited: tickets of priority 0 that nobody waits for start no chunk
   // until resume(), which may be nested, or for 5 ms: a lost resume must not stop snapshots.

@@ -6,7 +6,11 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <memory>
+#include <optional>
+#include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "gather.h"
@@ -87,11 +91,11 @@ class DeviceMemory {
   void* pointer_ = nullptr;
 };
 
-// The worker asks for the fence before it starts the first chunk, and also orders the side stream behind it. The order
+// The worker asks for the fence before it starts the first chunk, and also orders the side streams behind it. The order
 // alone would be correct, but a chunk that waits on the GPU behind a collective that never ends cannot be cancelled.
 class StreamFence final : public Fence {
  public:
-  StreamFence(cudaStream_t stream, cudaStream_t side) : side_(side) {
+  StreamFence(cudaStream_t stream, std::vector<cudaStream_t> sides) : sides_(std::move(sides)) {
     MOEVEMENT_CUDA(cudaEventRecord(event_.get(), stream));
   }
   bool passed() override {
@@ -101,18 +105,19 @@ class StreamFence final : public Fence {
       return false;
     }
     check(code, "cudaEventQuery(fence)", MOEVEMENT_HERE);
-    MOEVEMENT_CUDA(cudaStreamWaitEvent(side_, event_.get(), 0));
+    for (const cudaStream_t side : sides_) MOEVEMENT_CUDA(cudaStreamWaitEvent(side, event_.get(), 0));
     return true;
   }
 
  private:
   Event event_;
-  cudaStream_t side_;
+  std::vector<cudaStream_t> sides_;
 };
 
 // Everything that belongs to one place in the row of chunks in flight.
 struct Slot {
   Event gathered;  // the pieces are in the staging memory
+  Event copied;    // the link is free again
   Event over;
   bool staged = false;
 };
@@ -140,13 +145,16 @@ void move_pieces(const Chunk& chunk, std::uint64_t staging, cudaStream_t stream)
   check(static_cast<cudaError_t>(launch_gather(table, staging, scatter, stream)), "gather kernel", MOEVEMENT_HERE);
 }
 
-// Copies run on one stream; small pieces going to the host are gathered on another one before that, so that the kernel
-// works while the chunk before is still on the link.
+// Chunks take turns on several streams, each behind the one before. On one stream they would be a queue that never runs
+// dry, and the GPU goes on with a queue before it looks at others: a small copy of the training would wait for the whole
+// slot. Small pieces going to the host are gathered on a stream of their own before that, so that the kernel works while
+// the chunk before is still on the link.
 class CudaDevice final : public CopyDevice {
  public:
   // The events and streams belong to the device that is current when they are made.
-  CudaDevice(int index, std::uint64_t staging_bytes)
+  CudaDevice(int index, std::uint64_t staging_bytes, std::size_t copy_streams)
       : index_(index), staging_bytes_(staging_bytes), staging_(staging_bytes), ring_(staging_bytes) {
+    for (std::size_t count = 0; count < copy_streams; ++count) copies_.push_back(std::make_unique<SideStream>());
     for (std::size_t slot = 0; slot < kMaxChunksInFlight; ++slot) slots_.push_back(std::make_unique<Slot>());
   }
 
@@ -154,7 +162,9 @@ class CudaDevice final : public CopyDevice {
 
   std::unique_ptr<Fence> fence(std::uint64_t stream) override {
     const DeviceGuard guard(index_);
-    return std::make_unique<StreamFence>(reinterpret_cast<cudaStream_t>(stream), copies_.get());
+    std::vector<cudaStream_t> sides{gathers_.get()};
+    for (const auto& side : copies_) sides.push_back(side->get());
+    return std::make_unique<StreamFence>(reinterpret_cast<cudaStream_t>(stream), std::move(sides));
   }
 
   std::uint64_t staging_bytes() const noexcept override { return staging_bytes_; }
@@ -172,16 +182,29 @@ class CudaDevice final : public CopyDevice {
     here.staged = place.has_value();
     const std::uint64_t staging = staging_.address() + place.value_or(0);
     const bool to_host = chunk.direction == Direction::to_host;
+    const cudaStream_t stream = copies_[turn_]->get();
+    turn_ = (turn_ + 1) % copies_.size();
     if (here.staged && to_host) {
       move_pieces(chunk, staging, gathers_.get());
       MOEVEMENT_CUDA(cudaEventRecord(here.gathered.get(), gathers_.get()));
-      MOEVEMENT_CUDA(cudaStreamWaitEvent(copies_.get(), here.gathered.get(), 0));
+      MOEVEMENT_CUDA(cudaStreamWaitEvent(stream, here.gathered.get(), 0));
     }
-    for (const Run& run : chunk.runs) copy_run(chunk, run, here.staged, staging);
-    if (here.staged && !to_host) move_pieces(chunk, staging, copies_.get());
-    MOEVEMENT_CUDA(cudaEventRecord(here.over.get(), copies_.get()));
+    // What goes into staging memory alone need not wait until the chunk before is scattered.
+    const bool only_staged = here.staged && !to_host && all_gathered(chunk);
+    if (before_ != nullptr) {
+      const Event& needed = only_staged ? before_->copied : before_->over;
+      MOEVEMENT_CUDA(cudaStreamWaitEvent(stream, needed.get(), 0));
+    }
+    for (const Run& run : chunk.runs) copy_run(chunk, run, here.staged, staging, stream);
+    MOEVEMENT_CUDA(cudaEventRecord(here.copied.get(), stream));
+    if (here.staged && !to_host) {
+      if (only_staged && before_ != nullptr) MOEVEMENT_CUDA(cudaStreamWaitEvent(stream, before_->over.get(), 0));
+      move_pieces(chunk, staging, stream);
+    }
+    MOEVEMENT_CUDA(cudaEventRecord(here.over.get(), stream));
     // A later gather may read what this chunk writes.
     if (!to_host && staging_bytes_ != 0) MOEVEMENT_CUDA(cudaStreamWaitEvent(gathers_.get(), here.over.get(), 0));
+    before_ = &here;
   }
 
   void finish(std::size_t slot) override {
@@ -191,13 +214,14 @@ class CudaDevice final : public CopyDevice {
 
   void drain() noexcept override {
     (void)cudaStreamSynchronize(gathers_.get());
-    (void)cudaStreamSynchronize(copies_.get());
+    for (const auto& stream : copies_) (void)cudaStreamSynchronize(stream->get());
     ring_.clear();
+    before_ = nullptr;
   }
 
   bool usable() noexcept override {
     (void)cudaGetLastError();
-    return works(copies_) && works(gathers_);
+    return works(gathers_) && std::all_of(copies_.begin(), copies_.end(), [](const auto& one) { return works(*one); });
   }
 
   bool register_host(std::uint64_t address, std::uint64_t nbytes) override {
@@ -226,35 +250,45 @@ class CudaDevice final : public CopyDevice {
     return found.type == cudaMemoryTypeDevice && found.device == index_;
   }
 
-  void copy_run(const Chunk& chunk, const Run& run, bool staged, std::uint64_t staging) {
+  static bool all_gathered(const Chunk& chunk) {
+    return std::all_of(chunk.runs.begin(), chunk.runs.end(), [](const Run& run) { return run.gathered(); });
+  }
+
+  void copy_run(const Chunk& chunk, const Run& run, bool staged, std::uint64_t staging, cudaStream_t stream) {
     const CopyPiece& first = chunk.pieces[run.first];
     if (!run.gathered() || !staged) {
       for (std::size_t index = run.first; index < run.first + run.count; ++index) {
         const CopyPiece& piece = chunk.pieces[index];
-        copy_async(piece.source, piece.destination, piece.bytes, copies_.get());
+        copy_async(piece.source, piece.destination, piece.bytes, stream);
       }
     } else if (chunk.direction == Direction::to_host) {
-      copy_async(staging + run.staging, first.destination, run.bytes, copies_.get());
+      copy_async(staging + run.staging, first.destination, run.bytes, stream);
     } else {
-      copy_async(first.source, staging + run.staging, run.bytes, copies_.get());
+      copy_async(first.source, staging + run.staging, run.bytes, stream);
     }
   }
 
   int index_;
   std::uint64_t staging_bytes_;
-  SideStream copies_;
+  std::vector<std::unique_ptr<SideStream>> copies_;
   SideStream gathers_;
   DeviceMemory staging_;
-  StagingRing ring_;  // worker thread only
   std::vector<std::unique_ptr<Slot>> slots_;
+  // Worker thread only.
+  StagingRing ring_;
+  std::size_t turn_ = 0;          // the stream of the next chunk
+  const Slot* before_ = nullptr;  // of the chunk before
 };
 
 }  // namespace
 
-std::unique_ptr<CopyDevice> make_cuda_device(int index, std::uint64_t gather_bytes_limit) {
+std::unique_ptr<CopyDevice> make_cuda_device(int index, std::uint64_t gather_bytes_limit, std::size_t copy_streams) {
+  if (copy_streams < 1 || copy_streams > kMaxCopyStreams) {
+    throw std::invalid_argument("copy_streams must be 1 to " + std::to_string(kMaxCopyStreams) + MOEVEMENT_HERE);
+  }
   check_index(index);
   const DeviceGuard guard(index);
-  return std::make_unique<CudaDevice>(index, gather_built() ? gather_bytes_limit : 0);
+  return std::make_unique<CudaDevice>(index, gather_built() ? gather_bytes_limit : 0, copy_streams);
 }
 
 const char* cuda_version() {
@@ -284,7 +318,7 @@ int launch_gather(const GatherTable&, std::uint64_t, bool, void*) noexcept {
 
 namespace moevement {
 
-std::unique_ptr<CopyDevice> make_cuda_device(int, std::uint64_t) {
+std::unique_ptr<CopyDevice> make_cuda_device(int, std::uint64_t, std::size_t) {
   throw EngineError(std::string("this build has no CUDA copy engine; build again where the CUDA toolkit is found") +
                     MOEVEMENT_HERE);
 }

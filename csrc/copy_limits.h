@@ -17,7 +17,7 @@ struct EngineLimits {
   std::size_t max_queued_tickets = 64;       // unfinished tickets, running ones included
   std::size_t max_finished_tickets = 1024;   // finished tickets whose record is kept
   double bytes_per_second_limit = 0;         // 0: none
-  std::size_t burst_chunks_in_flight = 0;    // for tickets that are waited for; 0: twice chunks_in_flight
+  std::size_t burst_chunks_in_flight = 0;    // for tickets that are waited for, if more than chunks_in_flight
   std::uint64_t max_chunk_bytes = std::uint64_t{16} << 20;  // for set_chunks; a larger chunk_bytes raises it
 };
 

@@ -104,9 +104,7 @@ bool CopyEngine::paused(Clock::time_point now) {
 
 // Caller holds the lock.
 std::size_t CopyEngine::burst() const {
-  const std::size_t wanted =
-      limits_.burst_chunks_in_flight != 0 ? limits_.burst_chunks_in_flight : 2 * chunks_in_flight_;
-  return std::min(std::max(wanted, chunks_in_flight_), kMaxChunksInFlight);
+  return std::max(limits_.burst_chunks_in_flight, chunks_in_flight_);
 }
 
 // Caller holds the lock. One part more than chunks in flight, so that the end of the staging memory can stay unused.

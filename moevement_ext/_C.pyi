@@ -70,6 +70,7 @@ class CopyEngine:
         burst_chunks_in_flight: int = 0,
         max_chunk_bytes: int = 16777216,
         gather_bytes_limit: int = 33554432,
+        copy_streams: int = 2,
     ) -> None: ...
     def submit(
         self,

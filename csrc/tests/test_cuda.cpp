@@ -39,8 +39,9 @@ class DeviceMemory {
 bool quick = false;
 constexpr std::uint64_t kGatherBytes = std::uint64_t{32} << 20;
 
-std::unique_ptr<CopyEngine> make_engine(EngineLimits limits = {}, std::uint64_t gather_bytes = kGatherBytes) {
-  return std::make_unique<CopyEngine>(make_cuda_device(0, gather_bytes), limits);
+std::unique_ptr<CopyEngine> make_engine(EngineLimits limits = {}, std::uint64_t gather_bytes = kGatherBytes,
+                                        std::size_t copy_streams = kCopyStreams) {
+  return std::make_unique<CopyEngine>(make_cuda_device(0, gather_bytes, copy_streams), limits);
 }
 
 std::size_t size(std::size_t full, std::size_t small) { return quick ? small : full; }
@@ -127,6 +128,8 @@ void an_error_stays_with_its_ticket() {
   CHECK(!engine->failure());
   CHECK(engine->copy_now({{address(device.get()), address(host.data()), 4096}}, 0, "", 60).bytes == 4096);
   CHECK_THROWS(EngineError, make_cuda_device(99, 0));
+  CHECK_THROWS(std::invalid_argument, make_cuda_device(0, 0, 0));
+  CHECK_THROWS(std::invalid_argument, make_cuda_device(0, 0, kMaxCopyStreams + 1));
 }
 
 using Bytes = std::vector<unsigned char>;
@@ -203,7 +206,7 @@ void gather_and_scatter_are_right() {
     for (const std::uint64_t chunk : {std::uint64_t{4} << 20, std::uint64_t{100001}}) {
       EngineLimits limits;
       limits.chunk_bytes = chunk;
-      auto engine = make_engine(limits, gather_bytes);
+      auto engine = make_engine(limits, gather_bytes, 1 + random() % 3);
       CHECK(engine->register_host(host->address(), 2 * nbytes));
       for (std::size_t round = 0; round < size(10, 2); ++round) {
         gather_and_scatter_once(*engine, host->address(), device, nbytes, random);

@@ -32,28 +32,11 @@ FLAG = "--sparse-ckpt-inject"
 KINDS = ("kill", "stop", "exception", "oom", "hang")
 # On other threads than the main one only a signal does to the process what the plan says.
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
-# In the order of a run, then in that of a recovery.
+# The points of a run in their order, then those of a recovery.
 POINTS = (
-    "start",
-    "begin",
-    "capture",
-    "forward",
-    "backward",
-    "before_optimizer",
-    "decided",
-    "optimizer",
-    "updated",
-    "after_optimizer",
-    "commit",
-    "dense_save",
-    "join",
-    "agree",
-    "convert",
-    "catch_up",
-    "serve",
-    "wait",
-    "roll_forward",
-    "meet",
+    *"start begin capture forward backward before_optimizer decided optimizer updated after_optimizer".split(),
+    *"commit dense_save".split(),
+    *"join agree convert catch_up serve wait roll_forward meet".split(),
 )
 _MICRO_BATCHED = ("forward", "backward")
 _OFF_MAIN_THREAD = ("commit",)

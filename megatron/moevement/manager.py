@@ -29,10 +29,10 @@ from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.schedule.slots import SlotSchedule, schedule_of
 from megatron.moevement.slot_cycle import NO_SLOTS, Retention, SlotCycle, Tools, schedule_fields
 from megatron.moevement.slot_memory import SlotMemory, together
-from megatron.moevement.snapshot.bandwidth import measure_bandwidth
-from megatron.moevement.snapshot.copy_time import CopyTime
+from megatron.moevement.snapshot.bandwidth import Chunks, measure_digests
+from megatron.moevement.snapshot.calibration import Calibration
 from megatron.moevement.store.host_store import HostStore, discard
-from megatron.moevement.types import IterationRecord, Presence, Run
+from megatron.moevement.types import IterationRecord, Run
 from moevement_ext import CopyEngine, DigestPool
 
 
@@ -41,12 +41,15 @@ class Surroundings:
     """What the manager is told of the job: how it was built and where it runs.
 
     `identity` holds, by flag, every value that slots must have been written with. `ranks_on_node` share the slots'
-    directory. `deterministic` makes a difference between a replay and what was recorded an error.
+    directory. `deterministic` makes a difference between a replay and what was recorded an error. The copy engine works
+    with the best of `chunks`; the model waits for `awaited_copies` small copies to the host in an iteration.
     """
 
     identity: Mapping[str, Any]
     ranks_on_node: int
     deterministic: bool
+    chunks: tuple[Chunks, ...] = (Chunks(4 << 20, 2),)
+    awaited_copies: int = 0
 
 
 # What a rank says it can load while its slots' memory isn't pinned yet; slots are captured once all ranks' memory is.
@@ -85,7 +88,8 @@ class SparseCheckpointManager:
         self._digests = DigestPool(self._threads) if config.digest else None
         self._memory = SlotMemory(config, agreement, engine, self._path, surroundings.ranks_on_node)
         self._tools = Tools(config, state, agreement, engine, self._digests, events)
-        self._copy_time = CopyTime(engine)
+        place, copies = (config.job_directory, agreement.rank), (surroundings.chunks, surroundings.awaited_copies)
+        self._calibration = Calibration(engine, state, *place, *copies)
         self._store: HostStore | None = None
         self._cycle: SlotCycle | None = None
         self._record: IterationRecord | None = None
@@ -270,8 +274,10 @@ class SparseCheckpointManager:
         del self._iteration_starts[: -1 if self._store is not None else 0]
         if self._store is None:
             self._measure(step)
-        if self._store is None:
-            self._copy_time.begin(self._state.stream())
+        elif not self._calibration.done and self._calibration.iterations >= self._config.measure_iterations:
+            self._calibration.run(self._events)
+        if self._store is None or not self._calibration.done:
+            self._calibration.begin_iteration()
         elif self._cycle is None and self._loadable_everywhere > NOT_PINNED:
             self._begin_captures(step)
         if self._cycle is None:
@@ -283,7 +289,7 @@ class SparseCheckpointManager:
 
     def before_optimizer_step(self) -> None:
         """The fence: returns when every copy of the slot has been read from the device."""
-        self._copy_time.fence()
+        self._calibration.fence()
         if self._cycle is not None:
             self._cycle.fence()
 
@@ -358,13 +364,10 @@ class SparseCheckpointManager:
         if len(times) <= self._config.measure_iterations:
             return
         iteration = statistics.median(after - before for before, after in itertools.pairwise(times[1:]))
-        pieces = [p for o in self._state.table for p in self._state.pieces(o.name, Presence.FULL)]
-        bandwidth = measure_bandwidth(
-            self._engine, pieces, self._config.job_directory, self._agreement.rank, self._state.stream()
-        )
         self._first_step = step
-        copies = statistics.median(self._copy_time.seconds[1:])
-        self._adopt(Measured(bandwidth, iteration, copies), None)
+        found = self._calibration.run(self._events)
+        rates = (found.bytes_per_second, iteration, found.copy_seconds, found.chunks)
+        self._adopt(Measured(*rates, measure_digests(self._digests)), None)
 
     def _adopt(self, measured: Measured | None, window: int | None) -> None:
         """Makes the plan and takes its memory, on all ranks or on none."""

@@ -8,20 +8,33 @@ from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.schedule.ordering import capture_order
 from megatron.moevement.schedule.slots import SlotSchedule, longest_run, ring_slots
 from megatron.moevement.schedule.window import divide, slot_bytes, smallest_window
+from megatron.moevement.snapshot.bandwidth import Chunks
 from megatron.moevement.snapshot.layout import ALIGNMENT_BYTES
 from megatron.moevement.store.memory_plan import MemoryPlan, manifest_room
+
+# Beside training, which uses the same memory; 0.8 was seen on 16 cores, and the measurement may fit into a cache.
+DIGEST_RATE_UNDER_LOAD = 0.6
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
     """What `auto` plans with: device-to-host bytes per second of this rank, and seconds of an iteration.
 
-    `copy_seconds` are those of an iteration in which a slot can be copied: all but the optimizer step.
+    `copy_seconds` are those of an iteration in which a slot can be copied: all but the optimizer step. `chunks` is what
+    the engine copies in. Digests are made at `digest_bytes_per_second`, measured without training beside them.
     """
 
     bytes_per_second: float
     iteration_seconds: float
     copy_seconds: float
+    chunks: Chunks
+    digest_bytes_per_second: float
+
+    @property
+    def budget_bytes(self) -> float:
+        """The largest slot that is copied before the optimizer step and digested before the next slot is there."""
+        digested = DIGEST_RATE_UNDER_LOAD * self.digest_bytes_per_second * self.iteration_seconds
+        return min(self.bytes_per_second * self.copy_seconds, digested)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +73,7 @@ def make_plan(
     order = capture_order(table, {})
     if window is None:
         assert measured is not None
-        budget = measured.bytes_per_second * measured.copy_seconds
-        own = smallest_window(table, order, config.window_mode, budget, config.max_window).window
+        own = smallest_window(table, order, config.window_mode, measured.budget_bytes, config.max_window).window
         window = int(agreement.maximum([own])[0])
     schedule = SlotSchedule(divide(table, order, window, config.window_mode), config.window_mode)
     sizes = slot_bytes(table, schedule.groups, config.window_mode)
@@ -101,11 +113,16 @@ def describe(plan: SparsePlan, state: TrainingState, config: SparseCheckpointCon
         "more that were not committed everywhere",
     ]
     if plan.measured is not None:
-        fits = max(plan.slot_bytes) <= plan.measured.bytes_per_second * plan.measured.copy_seconds
+        fits = max(plan.slot_bytes) <= plan.measured.budget_bytes
         lines.append(
             f"measured         {plan.measured.bytes_per_second / GIB:.2f} GiB/s device to host, "
             f"{plan.measured.iteration_seconds:.3f} s an iteration, {plan.measured.copy_seconds:.3f} s of it before "
             "the optimizer step: the worst slot "
             + ("fits into one" if fits else "does not fit: expect a stall, see --sparse-ckpt-max-window")
         )
+        if config.digest:
+            lines.append(f"digests          at {plan.measured.digest_bytes_per_second / GIB:.2f} GiB/s")
+        chunks = plan.measured.chunks
+        how = "forced" if config.chunk_mib and config.chunks_in_flight else "the best for this link and this model"
+        lines.append(f"copies           in chunks of {chunks.nbytes / MIB:g} MiB, {chunks.in_flight} in flight ({how})")
     return lines

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import datetime
 import functools
+import itertools
 import json
 import os
 import platform
@@ -35,10 +36,14 @@ sys.path.insert(0, str(ROOT))
 from moevement_ext import CopyEngine, DigestPool, HostRegion
 
 KIB, MIB = 1 << 10, 1 << 20
-CHUNKS_KIB = (256, 512, 1024, 2048, 4096, 8192, 16384)
-FLIGHTS = (1, 2, 3, 4, 8)
+CHUNKS_KIB = (512, 1024, 2048, 4096, 8192, 16384)
+FLIGHTS = (1, 2, 3, 4)
+STREAMS = (1, 2, 3)
 PIECES_KIB = (4, 16, 64, 256, 1024, 4096)
 DIRECTIONS = ("to_host", "to_device")
+SMALL_COPIES = 40
+# What the plot shows of (streams, in flight), and how.
+LINES = {(1, 1): "C0-", (1, 2): "C1--", (1, 4): "C2--", (2, 2): "C3-", (2, 4): "C4-", (3, 3): "C5-"}
 # Between pieces on the device, so that no two can be joined to one copy.
 GAP_BYTES = 256
 TIMEOUT_SECONDS = 120.0
@@ -168,12 +173,12 @@ class Bench:
     def chunks(self) -> list[dict[str, Any]]:
         """Bulk copies, by chunk size and chunks in flight."""
         found = []
-        with self._engine(max_chunk_bytes=max(CHUNKS_KIB) * KIB) as engine:
-            for flight in FLIGHTS:
-                for chunk in CHUNKS_KIB:
+        for streams in STREAMS:
+            with self._engine(max_chunk_bytes=max(CHUNKS_KIB) * KIB, copy_streams=streams) as engine:
+                for flight, chunk in itertools.product(FLIGHTS, CHUNKS_KIB):
                     engine.set_chunks(chunk * KIB, flight)
                     for direction in DIRECTIONS:
-                        kind = {"chunk_kib": chunk, "in_flight": flight, "direction": direction}
+                        kind = {"chunk_kib": chunk, "in_flight": flight, "streams": streams, "direction": direction}
                         found.append(kind | self._rate(engine, self.nbytes, direction, hurried=False))
         return found
 
@@ -202,21 +207,21 @@ class Bench:
             stream.synchronize()
             return 1e6 * (time.perf_counter() - started)
 
-        found = [{"chunk_kib": 0, "in_flight": 0} | microseconds([read_back() for _ in range(200)])]
+        found = [{"chunk_kib": 0, "in_flight": 0, "streams": 0} | microseconds([read_back() for _ in range(200)])]
         sources, destinations, sizes = self._batch(self.nbytes, "to_host")
-        with self._engine(max_chunk_bytes=max(CHUNKS_KIB) * KIB) as engine:
-            for flight in FLIGHTS:
-                for chunk in CHUNKS_KIB:
+        for streams in STREAMS:
+            with self._engine(max_chunk_bytes=max(CHUNKS_KIB) * KIB, copy_streams=streams) as engine:
+                for flight, chunk in itertools.product(FLIGHTS, CHUNKS_KIB):
                     engine.set_chunks(chunk * KIB, flight)
                     times: list[float] = []
-                    while len(times) < 100:
+                    while len(times) < SMALL_COPIES:
                         ticket = engine.submit(sources, destinations, sizes)
                         while engine.stats(ticket).bytes == 0:
                             pass
-                        while engine.stats(ticket).bytes < 0.9 * self.nbytes:
+                        while engine.stats(ticket).bytes < 0.9 * self.nbytes and len(times) < SMALL_COPIES:
                             times.append(read_back())
                         engine.wait(ticket, TIMEOUT_SECONDS)
-                    found.append({"chunk_kib": chunk, "in_flight": flight} | microseconds(times))
+                    found.append({"chunk_kib": chunk, "in_flight": flight, "streams": streams} | microseconds(times))
         return found
 
     def digests(self) -> dict[str, Any]:
@@ -260,17 +265,17 @@ def print_table(result: dict[str, Any]) -> None:
         f"\n{result['device']}, {result['cores']} cores, torch {result['torch']}: {result['bytes'] // MIB} MiB a copy"
     )
     print(f"pinned copy: {limit['to_host']:.2f} GB/s to the host, {limit['to_device']:.2f} GB/s to the device")
-    small = {(s["chunk_kib"], s["in_flight"]): s for s in result["small_copies"]}
+    small = {(s["streams"], s["in_flight"], s["chunk_kib"]): s for s in result["small_copies"]}
     if small:
-        print(f"small copy alone: {small[0, 0]['median_us']:.0f} us, p95 {small[0, 0]['p95_us']:.0f}")
-    print("chunk KiB, in flight: share of the pinned copy to host, to device; small copy beside it, median and p95 us")
-    for one in (one for one in result["chunks"] if one["direction"] == "to_host"):
-        key = (one["chunk_kib"], one["in_flight"])
-        other = next(
-            c for c in result["chunks"] if (c["chunk_kib"], c["in_flight"]) == key and c["direction"] == "to_device"
-        )
+        print(f"small copy alone: {small[0, 0, 0]['median_us']:.0f} us, p95 {small[0, 0, 0]['p95_us']:.0f}")
+    print(
+        "streams, in flight, KiB a chunk: share of the pinned copy, both ways; small copy beside it, median and p95 us"
+    )
+    share = {(c["streams"], c["in_flight"], c["chunk_kib"], c["direction"]): c["share"] for c in result["chunks"]}
+    for key in itertools.product(STREAMS, FLIGHTS, CHUNKS_KIB):
+        ways = " ".join(f"{100 * share[(*key, direction)]:6.1f}%" for direction in DIRECTIONS)
         delay = f"{small[key]['median_us']:7.0f} {small[key]['p95_us']:7.0f}" if key in small else ""
-        print(f"  {key[0]:6d} {key[1]:2d}  {100 * one['share']:6.1f}% {100 * other['share']:6.1f}%  {delay}")
+        print(f"  {key[0]} {key[1]} {key[2]:6d}  {ways}  {delay}")
     for one in result["pieces"]:
         how = "gathered" if one["gathered"] else "one by one"
         print(
@@ -289,20 +294,25 @@ def plot(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
-    for column, direction in enumerate(DIRECTIONS):
-        for flight in FLIGHTS:
-            line = [c for c in result["chunks"] if c["in_flight"] == flight and c["direction"] == direction]
-            chunks = [c["chunk_kib"] / 1024 for c in line]
-            axes[0][column].plot(
-                chunks, [100 * c["share"] for c in line], marker="o", ms=3, label=f"{flight} in flight"
-            )
-        axes[0][column].axhline(95, color="0.5", linestyle=":", linewidth=1)
-        axes[0][column].set_title(
-            f"{direction.replace('_', ' ')}: 100% is {result['limit'][direction] / 1e9:.1f} GB/s", loc="left"
-        )
-        axes[0][column].set_xlabel("MiB a chunk (dotted: 95%)")
-        axes[0][column].set_ylabel("% of the pinned copy")
+    figure, axes = pyplot.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    kinds = {"share": (axes[0][0], result["chunks"]), "median_us": (axes[0][1], result["small_copies"])}
+    for field, (ax, rows) in kinds.items():
+        for (streams, flight), style in LINES.items():
+            line = [r for r in rows if (r["streams"], r["in_flight"]) == (streams, flight)]
+            line = [r for r in line if r.get("direction", "to_host") == "to_host"]
+            values = [(100 if field == "share" else 1) * r[field] for r in line]
+            label = f"{streams} stream{'s' if streams > 1 else ''}, {flight} in flight"
+            ax.plot([r["chunk_kib"] / 1024 for r in line], values, style, marker="o", ms=3, label=label)
+        ax.set_xlabel("MiB a chunk")
+    axes[0][0].axhline(95, color="0.5", linestyle=":", linewidth=1)
+    axes[0][0].set_ylabel("% of the pinned copy (dotted: 95%)")
+    axes[0][0].set_title(f"to the host: 100% is {result['limit']['to_host'] / 1e9:.1f} GB/s", loc="left")
+    if result["small_copies"]:
+        alone = result["small_copies"][0]["median_us"]
+        axes[0][1].axhline(alone, color="0.5", linestyle=":", linewidth=1)
+        axes[0][1].set_title("4 bytes to the host beside a bulk copy", loc="left")
+        axes[0][1].set_yscale("log")
+        axes[0][1].set_ylabel(f"median microseconds (dotted: alone, {alone:.0f})")
     for gathered, style in ((True, "-"), (False, "--")):
         for direction, colour in zip(DIRECTIONS, ("tab:blue", "tab:orange"), strict=True):
             line = [p for p in result["pieces"] if p["gathered"] == gathered and p["direction"] == direction]
@@ -310,25 +320,20 @@ def plot(result: dict[str, Any], path: Path) -> None:
             sizes = [p["piece_kib"] for p in line]
             axes[1][0].plot(sizes, [100 * p["share"] for p in line], style, color=colour, marker="o", ms=3, label=label)
     axes[1][0].axhline(90, color="0.5", linestyle=":", linewidth=1)
-    axes[1][0].set_xlabel("KiB a piece (dotted: 90%)")
-    axes[1][0].set_ylabel("% of the pinned copy")
-    axes[1][0].set_title("pieces apart on the device, chunks of 4 MiB", loc="left")
-    for flight in FLIGHTS:
-        line = [s for s in result["small_copies"] if s["in_flight"] == flight]
-        sizes = [s["chunk_kib"] / 1024 for s in line]
-        axes[1][1].plot(sizes, [s["median_us"] for s in line], marker="o", ms=3, label=f"{flight} in flight")
-    if result["small_copies"]:
-        alone = result["small_copies"][0]["median_us"]
-        axes[1][1].axhline(alone, color="0.5", linestyle=":", linewidth=1)
-        axes[1][1].set_title(f"4 bytes to the host beside a bulk copy; dotted: alone, {alone:.0f} us", loc="left")
-        axes[1][1].set_yscale("log")
-        axes[1][1].set_xlabel("MiB a chunk")
-        axes[1][1].set_ylabel("median microseconds")
+    axes[1][0].set_xlabel("KiB a piece")
+    axes[1][0].set_ylabel("% of the pinned copy (dotted: 90%)")
+    axes[1][0].set_title("pieces that lie apart on the device", loc="left")
+    rates = result["digests"]["rate_by_threads"]
+    axes[1][1].plot(list(map(int, rates)), [rate / 1e9 for rate in rates.values()], marker="o", ms=3)
+    axes[1][1].axhline(result["limit"]["to_host"] / 1e9, color="0.5", linestyle=":", linewidth=1)
+    axes[1][1].set_xlabel("threads")
+    axes[1][1].set_ylabel("GB/s (dotted: the link)")
+    axes[1][1].set_title("digests of host memory", loc="left")
     for ax in axes.flat:
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter("{x:g}")
         ax.spines[["top", "right"]].set_visible(False)
-        if ax.lines:
+        if ax.get_legend_handles_labels()[1]:
             ax.legend(frameon=False, fontsize=8)
     figure.suptitle(f"Copy engine on {result['device']}", x=0.01, ha="left")
     figure.savefig(path, dpi=130)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the extension on a machine with one GPU, and tests or measures there.
 # Usage: scripts/bench/on_one_gpu.sh RESULTS_DIRECTORY PART...
-# Parts: extension (tests of the core), native (its C++ tests on the GPU), sanitizer (under compute-sanitizer), job (the
+# Parts: build (the extension and its native tests, unless they are there), extension (tests of the core), native (its C++ tests on the GPU), sanitizer (under compute-sanitizer), job (the
 # main job killed and recovered), copies (copy_engine.py), NAME=VARIANTS (overhead.py --model NAME at the planner's W).
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -13,24 +13,28 @@ note() { echo "=== [$((SECONDS - began)) s] $*"; }
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 # Slots need more shared memory than a tmpfs allows that was made when the machine had less.
 mount -o remount,size=120G /dev/shm
-make -C csrc -j8 ../build/native/test_cuda >"$results/native_build.log" 2>&1 &
-python3 setup.py build_ext --inplace >"$results/build.log" 2>&1 || { tail -30 "$results/build.log"; exit 1; }
-python3 -c "import moevement_ext; print(moevement_ext.build_info())"
-wait
 for part in "$@"; do
   note "$part"
+  rm -rf /dev/shm/moevement
   case $part in
+    build)
+      make -C csrc -j8 ../build/native/test_cuda >"$results/native_build.log" 2>&1 &
+      python3 setup.py build_ext --inplace >"$results/build.log" 2>&1 || { tail -30 "$results/build.log"; exit 1; }
+      wait
+      python3 -c "import moevement_ext; print(moevement_ext.build_info())" ;;
     extension) timeout 100 python3 -m pytest tests/extension -q -p no:cacheprovider 2>&1 | tail -15 ;;
     native) timeout 100 build/native/test_cuda ;;
     sanitizer)
       for tool in memcheck racecheck; do
-        timeout 150 compute-sanitizer --tool $tool --error-exitcode 9 build/native/test_cuda --quick 2>&1 | tail -25
-        note "compute-sanitizer $tool: status ${PIPESTATUS[0]}"
+        # The tests provoke API errors on purpose.
+        timeout 75 compute-sanitizer --tool $tool --report-api-errors no --error-exitcode 9 build/native/test_cuda --quick >"$results/$tool.log" 2>&1
+        note "compute-sanitizer $tool: status $?"
+        tail -6 "$results/$tool.log"
       done ;;
-    job) timeout 250 python3 -m pytest -m gpu tests/gpu -q -p no:cacheprovider 2>&1 | tail -45 ;;
-    copies) timeout 150 python3 scripts/bench/copy_engine.py --output "$results/copy_engine" ;;
+    job) timeout 250 python3 -m pytest -m gpu tests/gpu -q -x -p no:cacheprovider ${JOB:-} 2>&1 | tail -45 ;;
+    copies) timeout 150 python3 scripts/bench/copy_engine.py ${COPIES:-} --output "$results/copy_engine" ;;
     *=*)
-      timeout "${LIMIT:-150}" python3 scripts/bench/overhead.py --model "${part%%=*}" --window auto \
+      timeout "${LIMIT:-200}" python3 scripts/bench/overhead.py --model "${part%%=*}" --window auto \
         --variants "${part#*=}" ${OPTIONS:-} --output "$results/overhead_${part%%=*}" 2>"$results/${part%%=*}.log"
       tail -3 "$results/${part%%=*}.log" ;;
   esac

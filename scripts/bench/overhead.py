@@ -43,16 +43,17 @@ DEMO = (
     "--attention-dropout 0.1 --micro-batch-size 1 --global-batch-size 4 --pipeline-model-parallel-size 2 "
     "--expert-model-parallel-size 2 --use-cpu --distributed-backend gloo"
 )
+# One micro-batch of 32,768 tokens: with few tokens the GPU would wait for the launches of so many small experts.
 LARGE = (
-    "--num-attention-heads 16 --seq-length 2048 --swiglu --disable-bias-linear --hidden-dropout 0 "
-    "--attention-dropout 0 --micro-batch-size 2 --global-batch-size 4 "
+    "--num-layers 4 --hidden-size 2048 --num-attention-heads 16 --seq-length 1024 --swiglu --disable-bias-linear "
+    "--hidden-dropout 0 --attention-dropout 0 --micro-batch-size 32 --global-batch-size 32 "
 )
 # name -> (processes, flags)
 MODELS = {
     "demo": (4, DEMO),
-    "16-experts": (1, LARGE + "--num-layers 6 --hidden-size 2048 --num-experts 16 --moe-ffn-hidden-size 4096"),
-    "32-experts": (1, LARGE + "--num-layers 8 --hidden-size 2048 --num-experts 32 --moe-ffn-hidden-size 2048"),
-    "64-experts": (1, LARGE + "--num-layers 8 --hidden-size 1024 --num-experts 64 --moe-ffn-hidden-size 768"),
+    "16-experts": (1, LARGE + "--num-experts 16 --moe-ffn-hidden-size 4096"),
+    "32-experts": (1, LARGE + "--num-experts 32 --moe-ffn-hidden-size 2048"),
+    "64-experts": (1, LARGE + "--num-experts 64 --moe-ffn-hidden-size 768"),
 }
 
 LABELS = {
@@ -207,7 +208,7 @@ def print_table(result: dict[str, Any]) -> None:
         print(
             f"  W={slots['window']}, slot of rank 0 {slots['slot_bytes'] / (1 << 20):.2f} MiB, failed slots "
             f"{slots['failed_slots']}; begin {1000 * slots['begin_seconds']:.2f} ms on the training thread; "
-            f"planned with {slots['planned_with']}"
+            f"planned with {slots['planned_with']}; {slots['calibration']}"
         )
         mib = {kind: slots[f"{kind}_bytes_taken"] / 2**20 for kind in ("shared", "host", "device")}
         print(

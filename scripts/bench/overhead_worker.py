@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import json
 import shutil
@@ -14,14 +13,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from megatron.moevement import arguments
 from megatron.moevement.config import SparseCheckpointConfig, add_sparse_checkpoint_flags, config_from_namespace
 from megatron.moevement.errors import MoevementError
-from megatron.moevement.events import EventLog
 from megatron.moevement.training_config import TrainingConfig
 from moevement_ext import HostRegion
+from scripts.bench.slots import Snapshots
 
 WARM_UP_ITERATIONS = 5
 # Variants that take many times an iteration: few iterations of them, in one block after the others.
@@ -49,26 +47,6 @@ class Say:
     def __call__(self, text: str) -> None:
         if self.rank == 0:
             print(f"[{time.perf_counter() - self._started:6.1f} s] {text}", file=sys.stderr, flush=True)
-
-
-class Measurement:
-    """Figures of slots by variant, from the events of this rank. A slot is reported an iteration late at most."""
-
-    def __init__(self) -> None:
-        self.by_variant: dict[str, dict[str, list[float]]] = {}
-        self.variant = ""
-        self.slot_bytes = self.failed_slots = 0
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        """Takes one event."""
-        values = self.by_variant.setdefault(self.variant, {}) if self.variant else {}
-        if event["kind"] == "iteration":
-            values.setdefault("stall_seconds", []).append(event["stall_seconds"])
-            self.slot_bytes = max(self.slot_bytes, event["slot_bytes"])
-            self.failed_slots = event["failed_slots"]
-        elif event["kind"] == "slot":
-            for name in ("copy_seconds", "digest_seconds"):
-                values.setdefault(name, []).append(event[name])
 
 
 def measure(config: TrainingConfig, sparse: SparseCheckpointConfig, options: argparse.Namespace) -> None:
@@ -104,9 +82,10 @@ def measure(config: TrainingConfig, sparse: SparseCheckpointConfig, options: arg
                 record.block(name, functools.partial(run, hooks[name]), options.block)
             say(f"block {number + 1} of {options.blocks}: {record.medians()}")
     figures = slots.figures() if slots is not None else {}
-    if slots is not None:
-        slots.manager.finish(durable=True)
     for name in (name for name in names if name in SLOW):
+        if slots is not None:
+            slots.manager.finish(durable=True)
+            slots = None
         with contextlib.ExitStack() as stack:
             hook = _slow_hook(training, name, options.scratch, on_gpu, stack)
             record.block(name, functools.partial(run, hook), 1 + options.slow_iterations)
@@ -123,6 +102,8 @@ def measure(config: TrainingConfig, sparse: SparseCheckpointConfig, options: arg
             "peak_device_mib": record.peak,
         }
         options.raw.write_text(json.dumps(raw))
+    if slots is not None:
+        slots.drop()
     distributed.stop()
 
 
@@ -171,7 +152,7 @@ def _warm_slots(
     if not any(name.startswith("sparse") for name in names):
         return None
     if any(":pauses" in name for name in names):
-        stack.enter_context(Pauses.installed())
+        stack.enter_context(Pauses.installed(training.chunks))
     slots = Snapshots(training, sparse)
     slots.warm_up(functools.partial(iterate, slots.hooks))
     assert slots.manager.plan is not None
@@ -195,6 +176,7 @@ def _hooks(
     from scripts.bench import baselines
 
     copied: dict[str, Any] = {}
+    dense_too = bool({"dense-sync", "dense-side"} & set(names))
     if slots is not None and {"sparse-copy", "dense-sync", "dense-side"} & set(names):
         # Other variants copy into the slots' memory, which nobody recovers from.
         assert slots.manager.plan is not None
@@ -204,11 +186,13 @@ def _hooks(
         if on_gpu:
             engine = attach.copy_engine(training.topology.device, sparse)
             stack.callback(engine.close)
-            engine.register_host(region.address, region.nbytes)
+            # No more than is needed: the manager has pinned the same memory, and pinned twice it counts twice.
+            most = sum(operator.full_bytes for operator in slots.state.table) if dense_too else slots.most_bytes
+            engine.register_host(region.address, min(region.nbytes, most))
         host = torch.frombuffer(view, dtype=torch.uint8)
         slot = functools.partial(_slot, slots.state, schedule, on_gpu)
         copied["sparse-copy"] = functools.partial(baselines.TorchCopies, slot, schedule.window, host, True)
-        if {"dense-sync", "dense-side"} & set(names):
+        if dense_too:
             dense = list(baselines.dense_tensors(slots.state, on_gpu).values())
             copied["dense-sync"] = functools.partial(baselines.TorchCopies, lambda _: dense, 1, host, False)
             copied["dense-side"] = functools.partial(baselines.TorchCopies, lambda _: dense, 1, host, True)
@@ -247,100 +231,6 @@ def _slow_hook(training: Any, name: str, scratch: Path, on_gpu: bool, stack: con
     return hook
 
 
-class Snapshots:
-    """One manager and its hooks. Collective over the ranks."""
-
-    def __init__(self, training: Any, config: SparseCheckpointConfig) -> None:
-        from megatron.moevement import manager
-        from megatron.moevement.integration import attach, train_loop
-        from megatron.moevement.recovery.start import store_path
-        from scripts.bench.switches import SwitchedEngine, SwitchedPool
-
-        events = EventLog(None, training.topology.rank)
-        self._measured = Measurement()
-        events.listen(self._measured)
-        self._memory_before = memory_in_use(training.topology.device.type == "cuda")
-        with (
-            mock.patch.object(attach, "CopyEngine", SwitchedEngine),
-            mock.patch.object(manager, "DigestPool", SwitchedPool),
-        ):
-            self.manager, self.state = attach.build_manager(training, config, events)
-        self._engine = SwitchedEngine.made[-1]
-        self._on_gpu = training.topology.device.type == "cuda"
-        self.slots_path = store_path(config.job_directory, training.topology.rank)
-        self.manager.start(None)
-        self.hooks = Consecutive(attach.SparseHooks(training, self.manager, train_loop.NoHooks()))
-
-    def switched(self, name: str) -> Any:
-        """The hooks of the variant `name`."""
-        from scripts.bench.switches import Switched
-
-        text = "digests=off" if name == "sparse-undigested" else name.partition(":")[2]
-        return Measured(Switched(self.hooks, self._engine, text), self._measured, name)
-
-    def warm_up(self, iterate: Callable[[], object]) -> None:
-        """Goes on until the window is chosen and every slot of the ring has been written once."""
-        while not self.manager.capturing:
-            iterate()
-        assert self.manager.plan is not None
-        for _ in range(self.manager.plan.memory.slots):
-            iterate()
-        self._memory_taken = [
-            now - before for now, before in zip(memory_in_use(self._on_gpu), self._memory_before, strict=True)
-        ]
-        self.hooks.begin_seconds.clear()
-
-    def figures(self) -> dict[str, Any]:
-        """Of this rank's slots: by variant, seconds of every one and bytes; what all share."""
-        assert self.manager.plan is not None
-        measured = self.manager.plan.measured
-        return {
-            "by_variant": self._measured.by_variant,
-            "begin_seconds": self.hooks.begin_seconds,
-            "slot_bytes": self._measured.slot_bytes,
-            "failed_slots": self._measured.failed_slots,
-            "window": self.manager.plan.schedule.window,
-            "memory_bytes": self.manager.plan.memory.total_bytes,
-            "host_bytes_taken": self._memory_taken[0],
-            "shared_bytes_taken": self._memory_taken[1],
-            "device_bytes_taken": self._memory_taken[2],
-            "planned_with": dataclasses.asdict(measured) if measured is not None else None,
-        }
-
-
-def memory_in_use(on_gpu: bool) -> tuple[int, int, int]:
-    """Bytes of this process's own host memory, of its shared memory, and of all that is taken on the device."""
-    import torch
-
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    own, shared = (int(status[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem"))
-    if not on_gpu:
-        return own, shared, 0
-    torch.cuda.synchronize()
-    free, total = torch.cuda.mem_get_info()
-    return own, shared, total - free
-
-
-class Measured:
-    """Hooks that tell the measurement whose slots come."""
-
-    def __init__(self, inner: Any, measurement: Measurement, name: str) -> None:
-        self._inner, self._measurement, self._name = inner, measurement, name
-
-    def before_forward(self, iteration: int) -> None:
-        """Begins the slot."""
-        self._measurement.variant = self._name
-        self._inner.before_forward(iteration)
-
-    def before_optimizer_step(self, iteration: int) -> None:
-        """The fence."""
-        self._inner.before_optimizer_step(iteration)
-
-    def after_optimizer_step(self, iteration: int, outcome: Any) -> None:
-        """Hands over the record."""
-        self._inner.after_optimizer_step(iteration, outcome)
-
-
 class Clock:
     """Seconds of iterations, on the wall and of the processor (all threads of this process)."""
 
@@ -377,30 +267,6 @@ class Clock:
         if self._on_gpu:
             torch.cuda.synchronize()
         dist.barrier()
-
-
-class Consecutive:
-    """Counts the manager's own iterations, so that its steps have no gaps while blocks without it run."""
-
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-        self._count = -1
-        self.begin_seconds: list[float] = []
-
-    def before_forward(self, _iteration: int) -> None:
-        """Begins the next slot."""
-        self._count += 1
-        started = time.perf_counter()
-        self._inner.before_forward(self._count)
-        self.begin_seconds.append(time.perf_counter() - started)
-
-    def before_optimizer_step(self, _iteration: int) -> None:
-        """The fence."""
-        self._inner.before_optimizer_step(self._count)
-
-    def after_optimizer_step(self, _iteration: int, outcome: Any) -> None:
-        """Hands over the record."""
-        self._inner.after_optimizer_step(self._count, outcome)
 
 
 def main() -> int:

@@ -9,28 +9,51 @@ import contextlib
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 from megatron.moevement.config import MIB
 from moevement_ext import CopyEngine, DigestPool
 
+MOST_RANGES = 100_000
+
 
 class SwitchedPool(DigestPool):
-    """A digest pool that gives zeros for digests while it is off."""
+    """A digest pool that can be told to use another number of threads, or to give zeros for digests."""
 
-    on = True
+    threads_wanted: int | None = None
+
+    def __init__(self, threads: int = 1) -> None:
+        super().__init__(threads)
+        self._others: dict[int, DigestPool] = {}
+        self._tickets: dict[int, tuple[DigestPool, int, int]] = {}
+        self._last = 0
 
     def submit(self, addresses: Any, sizes: Any) -> int:
-        """Queues ranges; with the pool off only their number."""
-        if SwitchedPool.on:
-            return super().submit(addresses, sizes)
-        return super().submit(addresses[:0], sizes[:0])
+        """Queues ranges."""
+        wanted, pool = SwitchedPool.threads_wanted, None
+        if wanted == 0:
+            addresses, sizes = addresses[:0], sizes[:0]
+        elif wanted is not None:
+            if wanted not in self._others:
+                self._others[wanted] = DigestPool(wanted)
+            pool = self._others[wanted]
+        ticket = super().submit(addresses, sizes) if pool is None else pool.submit(addresses, sizes)
+        self._last += 1
+        self._tickets[self._last] = (pool or super(), ticket, len(sizes))  # type: ignore[assignment]
+        return self._last
 
     def wait(self, ticket: int, timeout_seconds: float) -> bytes | None:
         """The digests."""
-        found = super().wait(ticket, timeout_seconds)
-        return found or (None if found is None else bytes(16 * 100_000))
+        pool, its_ticket, count = self._tickets[ticket]
+        found = pool.wait(its_ticket, timeout_seconds)
+        return found if count or found is None else bytes(16 * MOST_RANGES)
+
+    def close(self) -> None:
+        """Ends all threads."""
+        for pool in self._others.values():
+            pool.close()
+        super().close()
 
 
 class SwitchedEngine(CopyEngine):
@@ -41,7 +64,17 @@ class SwitchedEngine(CopyEngine):
 
     def __init__(self, *arguments: Any, **limits: Any) -> None:
         super().__init__(*arguments, **limits)
+        self.own_chunks: tuple[int, int] | None = None
         SwitchedEngine.made.append(self)
+
+    def set_chunks(self, chunk_bytes: int, chunks_in_flight: int) -> None:
+        """Sets chunks, as the calibration does, and remembers them."""
+        self.own_chunks = (chunk_bytes, chunks_in_flight)
+        self.set_switched(chunk_bytes, chunks_in_flight)
+
+    def set_switched(self, chunk_bytes: int, chunks_in_flight: int) -> None:
+        """Sets chunks until somebody else does."""
+        super().set_chunks(chunk_bytes, chunks_in_flight)
 
     def submit(self, *arguments: Any, **options: Any) -> int:
         """Queues a batch."""
@@ -54,8 +87,8 @@ class Switched:
     Args:
         inner: the manager's hooks.
         engine: the manager's copy engine.
-        text: `digests=off`, `chunks=4x2` (MiB, in flight), `spread=0.9` (of the time until the fence) or `pauses`,
-            with `:` in between.
+        text: with `:` in between, `digests=off` or `digests=8` (threads), `chunks=4x2` (MiB, in flight), `spread=0.9`
+            (of the time until the fence), `pauses`.
     """
 
     def __init__(self, inner: Any, engine: SwitchedEngine, text: str) -> None:
@@ -64,17 +97,21 @@ class Switched:
         if unknown:
             raise ValueError(f"--variants: {text}: unknown {unknown.pop()}")
         self._inner, self._engine = inner, engine
-        self._digests = words.get("digests", "on") == "on"
-        size, _, flight = words["chunks"].partition("x") if "chunks" in words else ("4", "", "2")
-        self._chunks = int(float(size) * MIB), int(flight)
+        self._digests = {"on": None, "off": 0}.get(words.get("digests", "on"), -1)
+        if self._digests == -1:
+            self._digests = int(words["digests"])
+        size, _, flight = words["chunks"].partition("x") if "chunks" in words else ("", "", "")
+        self._chunks = (int(float(size) * MIB), int(flight)) if size else None
         self._spread, self._pauses = float(words.get("spread", 0)), "pauses" in words
         self._seconds: deque[float] = deque(maxlen=5)
         self._started = 0.0
 
     def before_forward(self, iteration: int) -> None:
         """Sets the switches, and begins the slot."""
-        SwitchedPool.on = self._digests
-        self._engine.set_chunks(*self._chunks)
+        SwitchedPool.threads_wanted = self._digests
+        chunks = self._chunks or self._engine.own_chunks
+        if chunks:
+            self._engine.set_switched(*chunks)
         self._engine.spread_seconds = self._spread * statistics.median(self._seconds or [0.0])
         if self._pauses:
             Pauses.engine = self._engine
@@ -100,12 +137,12 @@ class Pauses:
 
     @staticmethod
     @contextlib.contextmanager
-    def installed() -> Iterator[None]:
-        """Wraps the dispatcher's one function that starts and awaits small copies."""
-        from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher as Dispatcher
-
+    def installed(chunks: Iterable[Any]) -> Iterator[None]:
+        """Wraps the one function by which the dispatcher of the model's MoE layers starts and awaits small copies."""
+        layers = (module for chunk in chunks for module in chunk.modules() if hasattr(module, "token_dispatcher"))
+        dispatcher = type(next(layers).token_dispatcher)
         name = "_maybe_dtoh_and_synchronize"
-        original = vars(Dispatcher)[name]
+        original = vars(dispatcher)[name]
 
         def paused(self: Any, point: str, *arguments: Any) -> Any:
             engine = Pauses.engine
@@ -116,8 +153,8 @@ class Pauses:
                 engine.resume()
             return result
 
-        setattr(Dispatcher, name, paused)
+        setattr(dispatcher, name, paused)
         try:
             yield
         finally:
-            setattr(Dispatcher, name, original)
+            setattr(dispatcher, name, original)

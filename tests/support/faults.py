@@ -236,6 +236,72 @@ def _fail_capture(fault: Fault) -> None:
     _before(Capture, "begin", check)
 
 
+def _transcript_reads(change: Callable[[Any], Any]) -> Callable[[Fault], None]:
+    """Negative control: whoever serves its transcript reads something else than it wrote."""
+
+    def point(_fault: Fault) -> None:
+        from megatron.moevement.transcript.log import TranscriptLog
+
+        original = TranscriptLog.records
+        TranscriptLog.records = lambda *where: change(original(*where))  # type: ignore[method-assign]
+
+    return point
+
+
+def _drop_record(records: Any) -> Any:
+    return records[:-1]
+
+
+def _shift_keys(records: Any) -> Any:
+    """Each record goes under the key of the next one, the last under that of the first."""
+    from dataclasses import replace
+
+    return tuple(replace(r, key=following.key) for r, following in zip(records, records[1:] + records[:1], strict=True))
+
+
+def _flip_transcript_byte(fault: Fault) -> None:
+    """Negative control: one bit of what was written to the transcript changes before it is served the first time."""
+    from megatron.moevement.transcript.log import TranscriptLog
+
+    done = {"flipped": False}
+
+    def flip(log: Any, iteration: int, direction: Any) -> None:
+        if done["flipped"]:
+            return
+        done["flipped"] = True
+        segment, index = log._find(iteration)
+        place = next(place for place in index.places if place.key.direction is direction)
+        start = log._data_address(segment) - log._region.address
+        memoryview(log._region)[start + place.offset + fault.get("offset", 3)] ^= 1
+
+    _before(TranscriptLog, "records", flip)
+
+
+def _flip_delivered_bit(_fault: Fault) -> None:
+    """Negative control: a replay gets a wrong bit that no digest of the transcript covers."""
+    import torch
+
+    from megatron.moevement.integration.boundary import ReplayP2P
+
+    original = ReplayP2P._give
+
+    def flipped(communicator: Any, *where: Any) -> Any:
+        tensor = original(communicator, *where)
+        tensor.detach().view(-1).view(torch.int16)[0] ^= 1 << 9
+        return tensor
+
+    ReplayP2P._give = flipped  # type: ignore[method-assign]
+
+
+def _lose_files(fault: Fault) -> None:
+    """The rank's slots and transcript are gone when its replacement starts, as after the loss of a node."""
+    from pathlib import Path
+
+    for path in Path(fault["directory"]).glob(f"rank{int(os.environ['RANK']):05d}.*"):
+        if path.suffix in fault["suffixes"]:
+            path.unlink()
+
+
 POINTS: dict[str, Callable[[Fault], None]] = {
     "forward": _kill_in_forward,
     "before_forward": _kill_in_hook("before_forward"),
@@ -252,4 +318,9 @@ POINTS: dict[str, Callable[[Fault], None]] = {
     "keep_random_state": _keep_random_state,
     "overflow": _overflow,
     "fail_capture": _fail_capture,
+    "drop_record": _transcript_reads(_drop_record),
+    "shift_keys": _transcript_reads(_shift_keys),
+    "flip_transcript_byte": _flip_transcript_byte,
+    "flip_delivered_bit": _flip_delivered_bit,
+    "lose_files": _lose_files,
 }

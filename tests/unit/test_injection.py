@@ -145,9 +145,11 @@ def test_what_strikes_at_random_waits_for_the_main_thread_and_for_the_last_itera
 def test_without_a_plan_nothing_happens() -> None:
     injection.reached("begin", 3)
     injection.begin(3)
-    output = torch.ones(2, requires_grad=True) * 2
+    weight = torch.ones(2, requires_grad=True)
+    output = weight * 2
     injection.reached_in_backward(output, "chunk")
-    assert output._backward_hooks is None
+    output.sum().backward()
+    assert weight.grad is not None
 
 
 def test_an_armed_plan_strikes_in_the_backward_pass_and_tells(

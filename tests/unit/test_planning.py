@@ -4,15 +4,17 @@ import pytest
 
 from megatron.moevement.config import GIB, SparseCheckpointConfig
 from megatron.moevement.operators.table import OperatorTable
-from megatron.moevement.planning import Measured, SparsePlan, describe, make_plan
+from megatron.moevement.planning import DIGEST_RATE_UNDER_LOAD, Measured, SparsePlan, describe, make_plan
 from megatron.moevement.schedule.ordering import capture_order
 from megatron.moevement.schedule.slots import ring_slots
 from megatron.moevement.schedule.window import divide
+from megatron.moevement.snapshot.bandwidth import Chunks
 from megatron.moevement.snapshot.layout import slot_layout
 from tests.support.slots import BUFFER
 from tests.support.tables import small_table
 from tests.support.toy import ThreadAgreement, ToyState, alone, on_ranks
 
+CHUNKS, UNLIMITED = Chunks(8 << 20, 2), float("inf")
 TABLE = small_table(expert_elements=10_000)
 DENSE = sum(o.full_bytes for o in TABLE)
 
@@ -54,7 +56,7 @@ def test_every_slot_fits_into_its_memory(mode: str, reorder: bool) -> None:
 
 
 def test_auto_takes_the_smallest_window_that_fits_the_iteration() -> None:
-    slow, fast = Measured(DENSE / 2, 2.0, 1.0), Measured(DENSE * 1.5, 2.0, 1.0)
+    slow, fast = Measured(DENSE / 2, 2.0, 1.0, CHUNKS, UNLIMITED), Measured(DENSE * 1.5, 2.0, 1.0, CHUNKS, UNLIMITED)
     assert plan(None, fast).schedule.window == 1
     found = plan(None, slow)
     assert found.schedule.window > 1 and max(found.slot_bytes) <= DENSE / 2
@@ -65,11 +67,13 @@ def test_auto_takes_the_smallest_window_that_fits_the_iteration() -> None:
 def test_the_slowest_rank_decides_for_the_world() -> None:
     def one(agreement: ThreadAgreement) -> SparsePlan:
         speed = DENSE / 2 if agreement.rank == 1 else DENSE * 2
-        return make_plan(config(), ToyState(TABLE), agreement, Measured(speed, 2.0, 1.0), None)
+        return make_plan(config(), ToyState(TABLE), agreement, Measured(speed, 2.0, 1.0, CHUNKS, UNLIMITED), None)
 
     plans = on_ranks(3, one)
     assert all(
-        isinstance(p, SparsePlan) and p.schedule == plan(None, Measured(DENSE / 2, 2.0, 1.0)).schedule for p in plans
+        isinstance(p, SparsePlan)
+        and p.schedule == plan(None, Measured(DENSE / 2, 2.0, 1.0, CHUNKS, UNLIMITED)).schedule
+        for p in plans
     )
 
 
@@ -83,11 +87,18 @@ def test_the_largest_rank_decides_the_memory_of_all() -> None:
 
 
 def test_the_plan_is_said_in_words() -> None:
-    found = plan(None, Measured(DENSE / 2, 2.0, 1.0))
+    found = plan(None, Measured(DENSE / 2, 2.0, 1.0, CHUNKS, UNLIMITED))
     text = "\n".join(describe(found, ToyState(TABLE), config(), ranks=4))
     assert "8 expert, " in text and f"W={found.schedule.window} rolling (auto)" in text
     assert f"{4 * found.memory.total_bytes / GIB:.3f} GiB for 4 ranks" in text and "fits into one" in text
     assert f"replays {found.schedule.window - 1} to {found.longest_run - 1} iterations" in text
-    hopeless = plan(None, Measured(1.0, 2.0, 1.0))
+    hopeless = plan(None, Measured(1.0, 2.0, 1.0, CHUNKS, UNLIMITED))
     assert "expect a stall" in "\n".join(describe(hopeless, ToyState(TABLE), config(), ranks=1))
     assert "(forced)" in "\n".join(describe(plan(2), ToyState(TABLE), config(window=2), ranks=1))
+
+
+def test_digests_that_are_slower_than_the_link_make_the_window_longer() -> None:
+    fast, slow = (Measured(DENSE * 2, 2.0, 1.0, CHUNKS, rate) for rate in (UNLIMITED, DENSE / 4))
+    assert slow.budget_bytes == DIGEST_RATE_UNDER_LOAD * DENSE / 2 < fast.budget_bytes == DENSE * 2
+    assert plan(None, slow).schedule.window > plan(None, fast).schedule.window
+    assert any("digests" in line for line in describe(plan(None, slow), ToyState(TABLE), config(), 1))

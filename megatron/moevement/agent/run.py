@@ -118,6 +118,10 @@ class _Agent:
         # Starting processes may have taken long: the head must not take its own silence for a lost node's.
         self._renew_in_time()
         head.tick(self._board.lives(head.agents))
+        if head.end is not None and self._node.end is None:
+            # Whatever the head thinks of its own node: this loop must end with the job.
+            status, reason = head.end
+            self._node.obey({"do": "end", "status": status, "reason": reason})
 
     def _renew_in_time(self) -> None:
         if time.monotonic() >= self._renew_at:

@@ -7,6 +7,7 @@ import os
 import torch
 import torch.distributed as dist
 import xxhash
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron.moevement.config import GIB, MIB, SparseCheckpointConfig
 from megatron.moevement.errors import UnsupportedError
@@ -17,6 +18,7 @@ from megatron.moevement.integration.operator_state import OperatorState
 from megatron.moevement.integration.train_loop import Hooks, IterationOutcome
 from megatron.moevement.manager import SparseCheckpointManager, Surroundings
 from megatron.moevement.schedule.agreement import Agreement
+from megatron.moevement.snapshot.bandwidth import Chunks
 from megatron.moevement.training_config import TrainingConfig
 from megatron.moevement.types import IterationRecord
 from moevement_ext import CopyEngine, EngineError
@@ -45,6 +47,12 @@ _REPLAY_FIELDS = (
 )
 # Slots, and the boundary tensors of the transcript.
 _QUEUED_COPIES_LIMIT = 16
+# On a GPU the calibration chooses from these. With one chunk in flight the link is idle until the next one is started.
+_CHUNK_MIB = (2, 4, 8, 16)
+_CHUNKS_IN_FLIGHT = (2,)
+# Small copies to the host that core's MoE layer waits for in a forward pass: the token counts, and how much is selected
+# by each of the two masked selections of its permutation.
+_AWAITED_BY_A_LAYER = 3
 
 
 class SparseHooks:
@@ -107,12 +115,14 @@ def copy_engine(device: torch.device, config: SparseCheckpointConfig) -> CopyEng
     Raises:
         UnsupportedError: the extension has no engine for the device.
     """
+    chunks = chunk_choices(device, config)
     try:
         return CopyEngine(
             "cuda" if device.type == "cuda" else "cpu",
             device.index or 0,
-            chunk_bytes=config.chunk_mib * MIB,
-            chunks_in_flight=config.chunks_in_flight,
+            chunk_bytes=chunks[0].nbytes,
+            chunks_in_flight=chunks[0].in_flight,
+            max_chunk_bytes=max(one.nbytes for one in chunks),
             max_queued_tickets=_QUEUED_COPIES_LIMIT,
             bytes_per_second_limit=config.bandwidth_gib_per_second * GIB,
         )
@@ -125,6 +135,21 @@ def copy_engine(device: torch.device, config: SparseCheckpointConfig) -> CopyEng
 def ranks_on_node() -> int:
     """Ranks whose files share a directory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", str(dist.get_world_size())))
+
+
+def chunk_choices(device: torch.device, config: SparseCheckpointConfig) -> tuple[Chunks, ...]:
+    """What the flags leave to choose from; on the CPU, where copies hold up nothing, a single one."""
+    on_gpu = device.type == "cuda"
+    sizes = (config.chunk_mib,) if config.chunk_mib else _CHUNK_MIB if on_gpu else (4,)
+    counts = (config.chunks_in_flight,) if config.chunks_in_flight else _CHUNKS_IN_FLIGHT if on_gpu else (2,)
+    return tuple(Chunks(size * MIB, count) for size in sizes for count in counts)
+
+
+def awaited_copies(job: TrainingJob) -> int:
+    """Small copies to the host that this rank's MoE layers wait for in an iteration, repeated passes included."""
+    layers = sum(isinstance(module, MoELayer) for chunk in job.chunks for module in chunk.modules())
+    passes = 2 if job.model_config.recompute_granularity else 1
+    return _AWAITED_BY_A_LAYER * layers * passes * job.config.num_micro_batches
 
 
 def build_manager(
@@ -146,6 +171,8 @@ def build_manager(
         identity=identity,
         ranks_on_node=ranks_on_node(),
         deterministic=job.config.deterministic_mode or device.type == "cpu",
+        chunks=chunk_choices(device, config),
+        awaited_copies=awaited_copies(job),
     )
     manager = SparseCheckpointManager(config, state, Agreement(job.topology.control), engine, events, surroundings)
     return manager, state

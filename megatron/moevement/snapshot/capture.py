@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron.moevement.errors import MoevementError
 from megatron.moevement.operators.state import TrainingState
@@ -15,6 +16,22 @@ from megatron.moevement.types import IterationRecord, Presence, SlotSpec, StartS
 from moevement_ext import CopyEngine, EngineError
 
 FENCE_TIMEOUT_SECONDS = 120.0
+# A new order of experts makes new kinds of slots, W for each order.
+BATCHES_KEPT_LIMIT = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What the engine is given for one kind of slot: the same in every window, because tensors keep their storage.
+
+    `sources` are addresses on the device but for the buffers, which come first; `offsets` and `sizes` are of all.
+    """
+
+    layout: SlotLayout
+    sources: npt.NDArray[np.uint64]
+    offsets: npt.NDArray[np.uint64]
+    sizes: npt.NDArray[np.uint64]
+    groups: list[tuple[str, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +63,7 @@ class Capture:
         self._rank = rank
         self._run_id = run_id
         self._under_way: _UnderWay | None = None
-        self._layouts: dict[tuple[tuple[str, ...], tuple[str, ...]], SlotLayout] = {}
+        self._batches: dict[tuple[tuple[str, ...], tuple[str, ...]], _Batch] = {}
 
     def begin(self, spec: SlotSpec, record: IterationRecord | None) -> int:
         """Starts copying the slot; returns its bytes.
@@ -62,27 +79,24 @@ class Capture:
         if lease is None:
             raise MoevementError("no free slot")
         start, buffers = self._state.start_state(spec.step)
-        layout = self._layout(spec, start)
+        try:
+            batch = self._batch(spec, start)
+        except MoevementError:
+            self._store.abandon(lease)
+            raise
+        layout = batch.layout
         if layout.nbytes > lease.data_bytes:
             self._store.abandon(lease)
             raise MoevementError(f"the slot needs {layout.nbytes} bytes, there is room for {lease.data_bytes}")
-        sources = [(piece.address, piece.nbytes) for piece in buffers]
-        for presence, names in ((Presence.FULL, spec.full), (Presence.WEIGHTS_ONLY, spec.weights_only)):
-            sources += [(p.address, p.nbytes) for name in names for p in self._state.pieces(name, presence)]
-        offsets = [offset for region in layout for offset in region.offsets]
-        sizes = [size for region in layout for size in region.sizes]
-        if sizes != [nbytes for _, nbytes in sources]:
-            self._store.abandon(lease)
-            raise MoevementError("the training state's pieces don't have the sizes of the operator table")
         try:
             submitted = time.time()
             ticket = self._engine.submit(
-                np.array([address for address, _ in sources], dtype=np.uint64),
-                np.array(offsets, dtype=np.uint64) + np.uint64(lease.data_address),
-                np.array(sizes, dtype=np.uint64),
+                np.concatenate([np.array([piece.address for piece in buffers], dtype=np.uint64), batch.sources]),
+                batch.offsets + np.uint64(lease.data_address),
+                batch.sizes,
                 stream=self._state.stream(),
                 label=f"Step {spec.step}",
-                groups=[(region.name, len(region.sizes)) for region in layout],
+                groups=batch.groups,
             )
         except EngineError as error:
             self._store.abandon(lease)
@@ -144,10 +158,25 @@ class Capture:
             self._store.abandon(self._under_way.lease)
             self._under_way = None
 
-    def _layout(self, spec: SlotSpec, start: StartState) -> SlotLayout:
+    def _batch(self, spec: SlotSpec, start: StartState) -> _Batch:
         key = (spec.full, spec.weights_only)
-        if key not in self._layouts:
-            if len(self._layouts) > 4096:
-                self._layouts.clear()
-            self._layouts[key] = slot_layout(self._state.table, spec.full, spec.weights_only, start.buffers)
-        return self._layouts[key]
+        if key not in self._batches:
+            if len(self._batches) >= BATCHES_KEPT_LIMIT:
+                self._batches.clear()
+            self._batches[key] = self._make_batch(spec, start)
+        return self._batches[key]
+
+    def _make_batch(self, spec: SlotSpec, start: StartState) -> _Batch:
+        layout = slot_layout(self._state.table, spec.full, spec.weights_only, start.buffers)
+        pieces = [piece for name in spec.full for piece in self._state.pieces(name, Presence.FULL)]
+        pieces += [piece for name in spec.weights_only for piece in self._state.pieces(name, Presence.WEIGHTS_ONLY)]
+        sizes = [size for region in layout for size in region.sizes]
+        if sizes[len(start.buffers) :] != [piece.nbytes for piece in pieces]:
+            raise MoevementError("the training state's pieces don't have the sizes of the operator table")
+        return _Batch(
+            layout,
+            np.array([piece.address for piece in pieces], dtype=np.uint64),
+            np.array([offset for region in layout for offset in region.offsets], dtype=np.uint64),
+            np.array(sizes, dtype=np.uint64),
+            [(region.name, len(region.sizes)) for region in layout],
+        )

@@ -7,10 +7,11 @@ import pytest
 
 from megatron.moevement.operators.state import MemoryRange
 from megatron.moevement.snapshot import bandwidth
-from megatron.moevement.snapshot.bandwidth import measure_bandwidth
-from moevement_ext import CopyEngine, EngineError
+from megatron.moevement.snapshot.bandwidth import Chunks, choose_chunks, measure_bandwidth, measure_digests
+from moevement_ext import CopyEngine, DigestPool, EngineError
 
 MIB = 1 << 20
+CHUNKS = Chunks(64 * 1024, 2)
 
 
 def memory(nbytes: int) -> tuple[MemoryRange, ctypes.Array[ctypes.c_char]]:
@@ -21,11 +22,11 @@ def memory(nbytes: int) -> tuple[MemoryRange, ctypes.Array[ctypes.c_char]]:
 
 def test_a_capped_engine_is_measured_at_its_cap(tmp_path: Path) -> None:
     source, _keep = memory(MIB)
-    engine = CopyEngine(chunk_bytes=64 * 1024, bytes_per_second_limit=8 * MIB)
-    found = measure_bandwidth(engine, [source], tmp_path / "new", 3, 0)
+    engine = CopyEngine(bytes_per_second_limit=8 * MIB)
+    found = measure_bandwidth(engine, [source], tmp_path / "new", 3, 0, [CHUNKS])[CHUNKS]
     # The first chunk needs no waiting, and a busy machine can only be slower.
     assert 0 < found < 16 * MIB
-    free = measure_bandwidth(CopyEngine(), [source], tmp_path / "new", 3, 0)
+    free = measure_bandwidth(CopyEngine(), [source], tmp_path / "new", 3, 0, [CHUNKS])[CHUNKS]
     assert free > found, "the control: without the cap it is faster"
     assert list((tmp_path / "new").iterdir()) == []
 
@@ -33,7 +34,7 @@ def test_a_capped_engine_is_measured_at_its_cap(tmp_path: Path) -> None:
 def test_a_file_of_a_killed_probe_is_replaced(tmp_path: Path) -> None:
     (tmp_path / ".bandwidth.rank00000").write_bytes(b"left behind")
     source, _keep = memory(4096)
-    assert measure_bandwidth(CopyEngine(), [source], tmp_path, 0, 0) > 0
+    assert measure_bandwidth(CopyEngine(), [source], tmp_path, 0, 0, [CHUNKS])[CHUNKS] > 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -42,11 +43,11 @@ def test_the_probe_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     source, _keep = memory(4096)
     beyond = MemoryRange(source.address, 1 << 40)  # copying all of it would end the process
     for sources in ([source, source, beyond], [beyond]):
-        assert 0 < measure_bandwidth(CopyEngine(), sources, tmp_path, 0, 0) < float("inf")
+        assert 0 < measure_bandwidth(CopyEngine(), sources, tmp_path, 0, 0, [CHUNKS])[CHUNKS] < float("inf")
 
 
 def test_a_rank_that_owns_nothing_has_no_limit(tmp_path: Path) -> None:
-    assert measure_bandwidth(CopyEngine(), [], tmp_path / "new", 0, 0) == float("inf")
+    assert measure_bandwidth(CopyEngine(), [], tmp_path / "new", 0, 0, [CHUNKS]) == {CHUNKS: float("inf")}
     assert not (tmp_path / "new").exists()
 
 
@@ -55,5 +56,29 @@ def test_nothing_is_left_after_a_failure(tmp_path: Path) -> None:
     engine.close()
     source, _keep = memory(4096)
     with pytest.raises(EngineError):
-        measure_bandwidth(engine, [source], tmp_path, 0, 0)
+        measure_bandwidth(engine, [source], tmp_path, 0, 0, [CHUNKS])
     assert list(tmp_path.iterdir()) == []
+
+
+SMALL, LARGE = Chunks(4 * MIB, 2), Chunks(16 * MIB, 2)
+
+
+def test_chunks_weigh_the_delay_of_small_copies_against_the_link() -> None:
+    rates = {SMALL: 51e9, LARGE: 54e9}
+    # 20 copies that wait for 0.31 ms each are 2% of 0.3 s, with small chunks 0.5%; the link loses 5.6%.
+    assert choose_chunks(rates, 20, 0.3) == LARGE
+    assert choose_chunks(rates, 200, 0.3) == SMALL
+    assert choose_chunks(rates, 200, 30.0) == LARGE
+
+
+def test_with_nothing_to_weigh_the_smallest_of_the_best_is_chosen() -> None:
+    assert choose_chunks({LARGE: 5e10, SMALL: 5e10}, 0, 0.3) == SMALL
+    assert choose_chunks({LARGE: float("inf"), SMALL: float("inf")}, 9, 0.3) == SMALL
+    assert choose_chunks({SMALL: 4e10, LARGE: 5e10}, 9, 0.0) == LARGE
+
+
+def test_digests_are_measured_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bandwidth, "DIGEST_MEASURE_BYTES", MIB)
+    assert measure_digests(None) == float("inf")
+    with DigestPool() as pool:
+        assert 0 < measure_digests(pool) < float("inf")

@@ -1,0 +1,59 @@
+"""The calibration measures every candidate and leaves the engine with the best one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.moevement.events import EventLog
+from megatron.moevement.snapshot import calibration
+from megatron.moevement.snapshot.bandwidth import Chunks
+from megatron.moevement.snapshot.calibration import Calibration
+from moevement_ext import CopyEngine
+from tests.support.slots import MemoryState
+from tests.support.tables import small_table
+
+SMALL, LARGE = Chunks(1 << 12, 2), Chunks(1 << 14, 3)
+
+
+class Noting(CopyEngine):
+    """Notes what chunks it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[tuple[int, int]] = []
+
+    def set_chunks(self, chunk_bytes: int, chunks_in_flight: int) -> None:
+        self.given.append((chunk_bytes, chunks_in_flight))
+        super().set_chunks(chunk_bytes, chunks_in_flight)
+
+
+def timed(engine: CopyEngine, directory: Path, chunks: tuple[Chunks, ...]) -> Calibration:
+    """A calibration that has timed three iterations."""
+    calibrating = Calibration(engine, MemoryState(small_table()), directory, 0, chunks, 7)
+    for _ in range(3):
+        calibrating.begin_iteration()
+        calibrating.fence()
+    return calibrating
+
+
+def test_every_candidate_is_measured_and_the_best_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Noting() as engine:
+        calibrating = timed(engine, tmp_path, (LARGE, SMALL))
+        assert calibrating.iterations == 3 and not calibrating.done
+        monkeypatch.setattr(calibration, "choose_chunks", lambda rates, awaited, seconds: LARGE)
+        log, events = EventLog(None, 0), list[dict[str, Any]]()
+        log.listen(events.append)
+        found = calibrating.run(log)
+    assert engine.given == [(1 << 14, 3), (1 << 12, 2), (1 << 14, 3)] and calibrating.done
+    assert set(found.rates) == {LARGE, SMALL} and found.chunks == LARGE and found.awaited_copies == 7
+    assert [e["kind"] for e in events] == ["calibration"] and events[0]["chunk_bytes"] == 1 << 14
+    assert len(events[0]["rates"]) == 2
+    assert found.bytes_per_second == found.rates[LARGE] and found.copy_seconds >= 0
+
+
+def test_a_single_candidate_needs_no_calibration(tmp_path: Path) -> None:
+    with Noting() as engine:
+        calibrating = timed(engine, tmp_path, (SMALL,))
+        assert calibrating.done
+        assert calibrating.run(EventLog(None, 0)).chunks == SMALL
