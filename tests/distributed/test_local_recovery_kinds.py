@@ -109,7 +109,8 @@ def test_hung_workers(lab: Lab, tmp_path: Path, shared_memory: Path) -> None:
     )
     campaign = job.run()
     assert_exact(lab, SIMPLE, campaign)
-    assert len(campaign.told("injected")) == 7 and campaign.output.count("no progress for") >= 5
+    noticed = campaign.output.count("no progress for") + campaign.output.count("did not leave the failed generation")
+    assert len(campaign.told("injected")) == 7 and noticed >= 5
 
 
 EARLY_AND_LATE = (
