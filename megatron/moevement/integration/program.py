@@ -100,6 +100,10 @@ class DenseSaver:
         if any((iteration + 1) % interval == 0 for interval in self._intervals):
             self.save()
 
+    def forget(self) -> None:
+        """After a failure: a process that took over a rank doesn't know what was saved, and saving is collective."""
+        self._saved_step = None
+
     def save(self) -> bool:
         """Saves `Step job.step` to `--save` unless that is there already; whether it is durable."""
         directory = self._job.config.save
@@ -173,6 +177,7 @@ def _train_with_manager(
     saver = DenseSaver(job, intervals, events, train_loop.NoHooks())
 
     def begin() -> None:
+        saver.forget()
         restarted = restart_count() > 0 or (link is not None and link.generation > 0)
         found = _newest_dense(job, also_save=restarted)
         start = manager.start(None if found is None else found[1])
@@ -193,6 +198,7 @@ def _train_with_manager(
         localized = LocalizedTraining(job, state, manager, hooks, transcription, link, events)
 
         def train() -> None:
+            saver.forget()
             train_loop.train(job, localized)
             # Inside, so that a rank that dies in the last save is replaced too.
             saver.save()
