@@ -4,14 +4,14 @@ import itertools
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from megatron.moevement import injection
 from megatron.moevement.config import SparseCheckpointConfig
 from megatron.moevement.events import EventLog
 from megatron.moevement.operators.state import TrainingState
-from megatron.moevement.planning import Measured, SparsePlan, make_plan
+from megatron.moevement.planning import Measured, SparsePlan, Surroundings, make_plan
 from megatron.moevement.recovery.conversion import Conversion, Progress, StartPoint, convert, require_same_loss
 from megatron.moevement.recovery.plan import known_everywhere
 from megatron.moevement.recovery.sources import SlotReader
@@ -29,28 +29,11 @@ from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.schedule.slots import SlotSchedule, schedule_of
 from megatron.moevement.slot_cycle import NO_SLOTS, Retention, SlotCycle, Tools, schedule_fields
 from megatron.moevement.slot_memory import SlotMemory, together
-from megatron.moevement.snapshot.bandwidth import Chunks, measure_digests
+from megatron.moevement.snapshot.bandwidth import measure_digests
 from megatron.moevement.snapshot.calibration import Calibration
 from megatron.moevement.store.host_store import HostStore, discard
 from megatron.moevement.types import IterationRecord, Run
 from moevement_ext import CopyEngine, DigestPool
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What the manager is told of the job: how it was built and where it runs.
-
-    `identity` holds, by flag, every value that slots must have been written with. `ranks_on_node` share the slots'
-    directory. `deterministic` makes a difference between a replay and what was recorded an error. The copy engine works
-    with the best of `chunks`; the model waits for `awaited_copies` small copies to the host in an iteration.
-    """
-
-    identity: Mapping[str, Any]
-    ranks_on_node: int
-    deterministic: bool
-    chunks: tuple[Chunks, ...] = (Chunks(4 << 20, 2),)
-    awaited_copies: int = 0
-
 
 # What a rank says it can load while its slots' memory isn't pinned yet; slots are captured once all ranks' memory is.
 NOT_PINNED = -2
@@ -96,6 +79,7 @@ class SparseCheckpointManager:
         self._records: dict[int, IterationRecord] = {}
         self._found, self._unusable, self._alone = Found(None, "no slots"), frozenset[int](), False
         self._loadable_everywhere = self._told = -1
+        self._verified = False
         self._started = False
         self._iteration_starts: list[float] = []
         self._first_step = 0
@@ -218,7 +202,7 @@ class SparseCheckpointManager:
             return SlotOffer("", {}, self._state.table.names, records, (self._found.problem,))
         reader = SlotReader(store, self._state.table, self._agreement.rank, self._digests)
         usable, rejected = reader.verified() if verify else (store.committed, {})
-        self._unusable = frozenset(rejected)
+        self._unusable, self._verified = frozenset(rejected), verify
         problems = tuple(f"slot of step {step}: {why}" for step, why in rejected.items())
         return SlotOffer(store.content["run_id"], usable, self._state.table.names, records, problems)
 
@@ -232,6 +216,11 @@ class SparseCheckpointManager:
         assert run is not None and store is not None
         if self._cycle is not None:
             self._cycle.close()
+        if not self._verified:
+            # This stage has joined others that failed. What is found wrong isn't offered when all agree again.
+            reader = SlotReader(store, self._state.table, self._agreement.rank, self._digests)
+            for step in run.steps:
+                reader.verify(step)
         self._records.update(records)
         self._convert(store, run, self._unusable, group)
         self._alone = True

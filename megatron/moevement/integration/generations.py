@@ -66,6 +66,9 @@ class Generations:
                 bucket_group.grad_reduce_handle = bucket_group.param_gather_handle = None
                 bucket_group.param_gather_dispatched = False
                 bucket_group.per_param_grad_ready_counts = {}
+                # In its first iteration a process reduces gradients in another order than later on. A replacement is
+                # in its first one, so those that share its buckets begin anew.
+                bucket_group.golden_per_param_grad_ready_counts, bucket_group.is_first_batch = {}, True
                 bucket_group.is_last_microbatch = True
         groups.leave()
 

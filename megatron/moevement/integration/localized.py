@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import sys
@@ -13,7 +14,7 @@ import torch.distributed as dist
 
 from megatron.moevement import injection
 from megatron.moevement.agent.link import WorkerLink
-from megatron.moevement.errors import PeerLost, TranscriptInvalid
+from megatron.moevement.errors import PeerLost, SlotInvalid, TranscriptInvalid
 from megatron.moevement.events import EventLog
 from megatron.moevement.integration import train_loop
 from megatron.moevement.integration.attach import SparseHooks
@@ -31,6 +32,10 @@ from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.types import IterationRecord
 
 _EXIT_REPLACE_ME = 1
+
+
+def _no_checkpoint() -> int | None:
+    return None
 
 
 class LocalizedTraining:
@@ -67,13 +72,19 @@ class LocalizedTraining:
         job.agree_to_update = self._agree_to_update
         events.listen(self._note_progress)
 
-    def run(self, begin: Callable[[], None], train: Callable[[], None]) -> None:
+    def run(
+        self,
+        begin: Callable[[], None],
+        train: Callable[[], None],
+        newest_dense: Callable[[], int | None] = _no_checkpoint,
+    ) -> None:
         """Trains to the end.
 
         Args:
             begin: makes the state that training starts from, on all ranks: from slots, from a dense checkpoint or from
                 scratch.
             train: trains on from `job.step` to the end.
+            newest_dense: step of the newest dense checkpoint, equal on all ranks; None without one.
 
         Raises:
             JobEnded: the agent stops the job.
@@ -86,14 +97,15 @@ class LocalizedTraining:
                 if first:
                     self._begin(begin)
                 else:
-                    self._recover(begin)
+                    self._recover(begin, newest_dense)
                 train()
                 # Nobody ends while another may still need what this rank holds.
                 self._link.beat("ends")
                 self._agreement.barrier()
                 return
-            except (RuntimeError, PeerLost, TranscriptInvalid) as error:
-                if not isinstance(error, TranscriptInvalid) and not self._generations.is_failure(error):
+            except (RuntimeError, PeerLost, TranscriptInvalid, SlotInvalid) as error:
+                damaged = isinstance(error, (TranscriptInvalid, SlotInvalid))
+                if not damaged and not self._generations.is_failure(error):
                     raise
                 self._events.emit("failure_noticed", step=self._job.step, reason=str(error).split("\n")[0][:200])
             first = False
@@ -142,7 +154,7 @@ class LocalizedTraining:
 
     # ------------------------------------------------------------------------------------------------ recovery
 
-    def _recover(self, begin: Callable[[], None]) -> None:
+    def _recover(self, begin: Callable[[], None], newest_dense: Callable[[], int | None]) -> None:
         self._link.beat("joins")
         self._phases.enter(Phase.JOIN)
         injection.reached("join")
@@ -153,6 +165,9 @@ class LocalizedTraining:
         injection.reached("agree")
         grid, offers = self._offers()
         decision = decide(grid, offers)
+        if decision.source not in ("local", "none"):
+            dense_step = newest_dense()
+            decision = decide(grid, [dataclasses.replace(offer, dense_step=dense_step) for offer in offers])
         alone = decision.source in ("local", "none")
         scope = _stages(decision) if alone else sorted(set(grid.stages))
         self._events.emit(

@@ -56,6 +56,8 @@ def _update(job: TrainingJob, record: IterationRecord, frozen: list[OwnedParamet
     assert record.grad_norm is not None
     apply_update(job.optimizer, record.grad_norm)
     job.share_weights()
+    # The next replay runs without the hooks that would gather them.
+    job.gather_parameters()
 
 
 @contextlib.contextmanager
