@@ -125,10 +125,10 @@ void large_pieces_and_gaps_are_direct() {
   // Small, small | large | small (alone) | gap | small, small: the host side is `destination`.
   ChunkCursor cursor({{0x10000000, 0x20000000, 64},
                       {0x11000000, 0x20000040, 64},
-                      {0x12000000, 0x20000080, kMib},
-                      {0x13000000, 0x20100080, 64},
-                      {0x14000000, 0x20100100, 64},
-                      {0x15000000, 0x20100140, 64}});
+                      {0x12000000, 0x20000080, kDirectBytes},
+                      {0x13000000, 0x20000080 + kDirectBytes, 64},
+                      {0x14000000, 0x20000100 + kDirectBytes, 64},
+                      {0x15000000, 0x20000140 + kDirectBytes, 64}});
   const Chunk chunk = cursor.next(rules);
   CHECK(cursor.at_end() && chunk.runs.size() == 4);
   CHECK(chunk.runs[0].count == 2 && !chunk.runs[1].gathered() && !chunk.runs[2].gathered());

@@ -4,14 +4,14 @@ import itertools
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from megatron.moevement import injection
 from megatron.moevement.config import SparseCheckpointConfig
 from megatron.moevement.events import EventLog
 from megatron.moevement.operators.state import TrainingState
-from megatron.moevement.planning import Measured, SparsePlan, make_plan
+from megatron.moevement.planning import Measured, SparsePlan, Surroundings, make_plan
 from megatron.moevement.recovery.conversion import Conversion, Progress, StartPoint, convert, require_same_loss
 from megatron.moevement.recovery.plan import known_everywhere
 from megatron.moevement.recovery.sources import SlotReader
@@ -29,28 +29,11 @@ from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.schedule.slots import SlotSchedule, schedule_of
 from megatron.moevement.slot_cycle import NO_SLOTS, Retention, SlotCycle, Tools, schedule_fields
 from megatron.moevement.slot_memory import SlotMemory, together
-from megatron.moevement.snapshot.bandwidth import Chunks, measure_digests
+from megatron.moevement.snapshot.bandwidth import measure_digests
 from megatron.moevement.snapshot.calibration import Calibration
 from megatron.moevement.store.host_store import HostStore, discard
 from megatron.moevement.types import IterationRecord, Run
 from moevement_ext import CopyEngine, DigestPool
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What the manager is told of the job: how it was built and where it runs.
-
-    `identity` holds, by flag, every value that slots must have been written with. `ranks_on_node` share the slots'
-    directory. `deterministic` makes a difference between a replay and what was recorded an error. The copy engine works
-    with the best of `chunks`; the model waits for `awaited_copies` small copies to the host in an iteration.
-    """
-
-    identity: Mapping[str, Any]
-    ranks_on_node: int
-    deterministic: bool
-    chunks: tuple[Chunks, ...] = (Chunks(4 << 20, 2),)
-    awaited_copies: int = 0
-
 
 # What a rank says it can load while its slots' memory isn't pinned yet; slots are captured once all ranks' memory is.
 NOT_PINNED = -2

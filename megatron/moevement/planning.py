@@ -1,6 +1,8 @@
 """The plan that is made and printed before training: window, slots, host memory, expected replay."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.moevement.config import GIB, MIB, SparseCheckpointConfig
 from megatron.moevement.operators.state import TrainingState
@@ -51,6 +53,22 @@ class SparsePlan:
     spare_bytes: int
     measured: Measured | None
     longest_run: int
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the manager is told of the job: how it was built and where it runs.
+
+    `identity` holds, by flag, every value that slots must have been written with. `ranks_on_node` share the slots'
+    directory. `deterministic` makes a difference between a replay and what was recorded an error. The copy engine works
+    with the best of `chunks`; the model waits for `awaited_copies` small copies to the host in an iteration.
+    """
+
+    identity: Mapping[str, Any]
+    ranks_on_node: int
+    deterministic: bool
+    chunks: tuple[Chunks, ...] = (Chunks(4 << 20, 2),)
+    awaited_copies: int = 0
 
 
 def make_plan(

@@ -171,7 +171,7 @@ def compare(result: dict[str, Any]) -> None:
             }
     dense = variants.get("dense")
     if dense is not None:
-        result["dense_computed"] = computed_dense(dense)
+        result["dense_computed"] = computed_dense(dense, result["dense_interval"])
 
 
 def stages(local: dict[str, Any], together: dict[str, Any] | None) -> dict[str, Any]:
@@ -181,19 +181,18 @@ def stages(local: dict[str, Any], together: dict[str, Any] | None) -> dict[str, 
         replays = [mark for one in local["recoveries"] if one["stage"] == stage for mark in one["replays"]]
         thread = statistics.median([m["thread_seconds"] for m in replays if not m["frozen"]] or [0.0])
         frozen = statistics.median([m["thread_seconds"] for m in replays if m["frozen"]] or [0.0])
+        # Of the same run: how fast processors are changes with what else the machine does.
+        path = local["training"]["critical_path_seconds"]
         entry: dict[str, Any] = {
             "local_seconds_an_iteration": an_iteration(local, stage),
             "local_thread_seconds": thread,
             "local_thread_seconds_frozen": frozen,
+            "critical_path_seconds": path,
+            "gain_on_own_cores": 1 - thread / path,
         }
         if together is not None:
-            own, path = an_iteration(together, stage), together["training"]["critical_path_seconds"]
-            entry |= {
-                "global_seconds_an_iteration": own,
-                "gain": 1 - entry["local_seconds_an_iteration"] / own,
-                "global_critical_path_seconds": path,
-                "gain_on_own_cores": 1 - thread / path,
-            }
+            own = an_iteration(together, stage)
+            entry |= {"global_seconds_an_iteration": own, "gain": 1 - entry["local_seconds_an_iteration"] / own}
         found[str(stage)] = entry
     return found
 
@@ -205,12 +204,13 @@ def an_iteration(variant: dict[str, Any], stage: int) -> float:
     return float(sum(one["replay_seconds"] for one in chosen) / iterations) if iterations else float("nan")
 
 
-def computed_dense(dense: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """What dense checkpoints at the paper's intervals cost on average: half an interval is run again."""
+def computed_dense(dense: dict[str, Any], measured: int) -> dict[str, dict[str, float]]:
+    """What dense checkpoints at the paper's other intervals cost on average: half an interval is run again."""
     again = sum(one["phases"]["replayed"] for one in dense["recoveries"])
     each = again / sum(one["iterations"] for one in dense["recoveries"])
     fixed = dense["mean_seconds"] - dense["mean_phases"]["replayed"]
     return {
         name: {"interval": interval, "iterations": interval / 2, "fixed": fixed, "seconds": fixed + each * interval / 2}
         for name, interval in PAPER_INTERVALS.items()
+        if interval != measured
     }

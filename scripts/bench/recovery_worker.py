@@ -130,22 +130,19 @@ class Passes:
 
         return timed
 
-    def of(self, iteration: int, **values: Any) -> dict[str, Any]:
-        """What a note of an iteration says."""
-        return {"iteration": iteration, "passes_thread_seconds": self.thread_seconds, **values}
+    def of(self, iteration: int, frozen: int = 0) -> dict[str, Any]:
+        """What a note of an iteration says; `frozen` counts operators."""
+        return {"iteration": iteration, "passes_thread_seconds": self.thread_seconds, "frozen": frozen}
 
 
 def install(marks: Marks, killer: Killer, on_gpu: bool) -> None:
     """Puts the notes in place, around public functions of the product."""
     import torch
 
-    from megatron.moevement.agent.link import WorkerLink
     from megatron.moevement.events import EventLog
-    from megatron.moevement.integration.bundle_exchange import BundleExchange
-    from megatron.moevement.integration.generations import Generations
 
-    names = ("train_loop", "replay", "operator_state", "program", "distributed")
-    train_loop, replay, operator_state, program, distributed = (
+    names = ("train_loop", "replay", "operator_state", "program")
+    train_loop, replay, operator_state, program = (
         importlib.import_module(f"megatron.moevement.integration.{name}") for name in names
     )
     passes = Passes()
@@ -197,10 +194,20 @@ def install(marks: Marks, killer: Killer, on_gpu: bool) -> None:
         "replay_iteration",
         marks,
         "replay",
-        lambda _job, record, frozen, *_: passes.of(record.iteration, frozen=len(frozen)),
+        lambda _, record, ops, *__: passes.of(record.iteration, len(ops)),
     )
     around(program, "build_job", armed)
     around(EventLog, "emit", told)
+    note_phases(marks, program)
+
+
+def note_phases(marks: Marks, program: Any) -> None:
+    """What has no event of the product, or none that every variant has."""
+    from megatron.moevement.agent.link import WorkerLink
+    from megatron.moevement.integration import distributed
+    from megatron.moevement.integration.bundle_exchange import BundleExchange
+    from megatron.moevement.integration.generations import Generations
+
     noted(distributed, "start", marks, "groups")
     for name, kind in (("build_job", "built"), ("load_dense", "loaded"), ("save_dense", "saved")):
         noted(program, name, marks, kind)
@@ -221,10 +228,10 @@ def main() -> int:
     importlib.import_module("megatron.moevement.integration.preload")
     install(marks, Killer(namespace.kills, rank, marks), on_gpu=not config.use_cpu)
     marks("imported")
-    import pretrain_gpt
+    from megatron.moevement.integration import program
 
     try:
-        pretrain_gpt.run(config, config_from_namespace(namespace))
+        program.run(config, config_from_namespace(namespace))
     except MoevementError as error:
         arguments.refuse("recovery_worker.py", error)
     return 0

@@ -295,7 +295,7 @@ def test_total_loss_falls_back_to_the_dense_checkpoint(lab: Lab, tmp_path: Path,
     assert not (shared_memory / "job").exists(), "the last step is durable, the slots are removed"
 
     again = sparse_job(lab, tmp_path / "again", shared_memory, "--save", str(save), "--exit-interval", "1").run()
-    assert again.ok and f"--save {save} holds a checkpoint of step 9, which is not used: add --load" in again.output
+    assert again.statuses == [2] and f"--save {save} holds a checkpoint of step 9: add --load" in again.output
     assert "holds a checkpoint" not in outcome.output
 
 

@@ -10,7 +10,8 @@ import pytest
 from megatron.moevement.config import SparseCheckpointConfig
 from megatron.moevement.errors import MoevementError, RecoveryError, StoreError
 from megatron.moevement.events import EventLog
-from megatron.moevement.manager import SparseCheckpointManager, Surroundings
+from megatron.moevement.manager import SparseCheckpointManager
+from megatron.moevement.planning import Surroundings
 from megatron.moevement.recovery.plan import newest_run
 from megatron.moevement.recovery.start import store_path
 from megatron.moevement.schedule.agreement import Agreement

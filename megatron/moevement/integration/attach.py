@@ -16,7 +16,8 @@ from megatron.moevement.integration import dense_state
 from megatron.moevement.integration.job import TrainingJob
 from megatron.moevement.integration.operator_state import OperatorState
 from megatron.moevement.integration.train_loop import Hooks, IterationOutcome
-from megatron.moevement.manager import SparseCheckpointManager, Surroundings
+from megatron.moevement.manager import SparseCheckpointManager
+from megatron.moevement.planning import Surroundings
 from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.snapshot.bandwidth import Chunks
 from megatron.moevement.training_config import TrainingConfig

@@ -315,7 +315,7 @@ class LocalizedTraining:
         self._link.beat("replays", resting=True)
         self._phases.load(target)
         self._transcription.reopen(run_id)
-        self._transcription.replay(frozenset(plan.stages))
+        self._transcription.replay(frozenset(plan.stages), range(plan.run.first, target))
         with _gradient_statistics_within(self._job, group):
             self._manager.recover(plan.run, target, records, Agreement(group))
         self._transcription.log_from_now_on()

@@ -141,8 +141,8 @@ def _train(job: TrainingJob) -> list[train_loop.IterationOutcome]:
     found = _newest_dense(job, also_save=False)
     if found is not None:
         _load(job, *found)
-    else:
-        _name_unused_checkpoint(job)
+    elif restart_count() == 0:
+        _refuse_foreign_checkpoint(job)
     events = EventLog(None, job.topology.rank)
     if job.topology.rank == 0:
         events.listen(ProgressDisplay(ProgressSettings(job.config.train_iters, 1, 1, "plain")))
@@ -192,8 +192,8 @@ def _train_with_manager(
         start = manager.start(None if found is None else found[1])
         if start.source == "dense" and found is not None:
             _load(job, *found)
-        if start.source == "scratch":
-            _name_unused_checkpoint(job)
+        if start.source == "scratch" and not restarted:
+            _refuse_foreign_checkpoint(job)
         if start.source == "slots" and sparse.dense_after_recovery:
             saver.save()
 
@@ -246,15 +246,21 @@ def _newest_dense(job: TrainingJob, also_save: bool) -> tuple[str, int] | None:
     return directory, step
 
 
-def _name_unused_checkpoint(job: TrainingJob) -> None:
-    """Says that `--save` holds a checkpoint while training starts from scratch. Collective."""
+def _refuse_foreign_checkpoint(job: TrainingJob) -> None:
+    """A run that starts from scratch must not find checkpoints of another run in `--save`. Collective.
+
+    After a failure it would take the newest one there for its own.
+
+    Raises:
+        ConfigError: on every rank.
+    """
     save = job.config.save
     step = None if save is None else find_dense(save).step
-    if step is not None and job.topology.rank == 0:
-        text = (
-            f"warning: --save {save} holds a checkpoint of step {step}, which is not used: add --load {save} to go on"
+    if step is not None:
+        raise ConfigError(
+            f"--save {save} holds a checkpoint of step {step}: add --load {save} to go on from it, or choose another "
+            "directory"
         )
-        print(text, file=sys.stderr, flush=True)
 
 
 def _load(job: TrainingJob, directory: str, step: int) -> None:

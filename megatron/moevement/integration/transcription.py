@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.moevement.config import SparseCheckpointConfig
 from megatron.moevement.errors import TranscriptInvalid
 from megatron.moevement.events import EventLog
+from megatron.moevement.integration.ahead import Ahead
 from megatron.moevement.integration.boundary import boundary_of, boundary_recorder, log_boundary, replay_boundary
 from megatron.moevement.integration.bundle_exchange import BundleExchange
 from megatron.moevement.integration.job import TrainingJob
@@ -96,13 +97,16 @@ class Transcription:
         self._recorder.settle()
         return self._log.iterations if self._log is not None else frozenset()
 
-    def replay(self, scope: frozenset[int]) -> None:
-        """A communicator for replays of the stages of `scope`, which asks the others for their transcripts."""
+    def replay(self, scope: frozenset[int], iterations: Sequence[int]) -> None:
+        """A communicator for replays of the stages of `scope`, which asks the others for the transcripts of iterations.
+
+        Until they are all replayed nothing else may be sent or received over the control group on this rank.
+        """
 
         def fetch(iteration: int) -> Sequence[Bundle]:
             return self._deliver(iteration, scope)
 
-        replay_boundary(self._job, self._recorder, scope, fetch)
+        replay_boundary(self._job, self._recorder, scope, Ahead(fetch, iterations))
 
     def serve(self, iteration: int, scope: frozenset[int]) -> None:
         """Gives this rank's part of an iteration to its neighbours in `scope`.

@@ -72,7 +72,7 @@ class RecoveryNarration:
             return [
                 (
                     f"recovery: converting slots of steps {event['first']} to {event['last']} from {event['source']}, "
-                    f"{event['replays']} iterations to replay"
+                    f"{_iterations(event['replays'])} to replay"
                 )
             ]
         if kind == "recovery_finished":
@@ -96,7 +96,7 @@ class RecoveryNarration:
         return [
             (
                 f"recovery: training goes on at step {event['step']} after {event['seconds']:.1f} s; "
-                f"{event['replayed']} iterations replayed"
+                f"{_iterations(event['replayed'])} replayed"
             ),
             f"  seconds, of the slowest rank: {seconds}",
         ]
@@ -125,9 +125,13 @@ def _segment_line(segment: Event, target: int) -> str:
     conversion, rest = last - first, target - last
     served = f", served by {listed('rank', segment['feeders'])}" if segment["feeders"] else ""
     return (
-        f"  {listed('stage', segment['stages'])} alone: back to step {first}, {conversion} iterations to replay in "
+        f"  {listed('stage', segment['stages'])} alone: back to step {first}, {_iterations(conversion)} to replay in "
         f"the conversion and {rest} to catch up{served}"
     )
+
+
+def _iterations(count: int) -> str:
+    return f"{count} iteration{'' if count == 1 else 's'}"
 
 
 def _slot_line(event: Event, first: int, last: int) -> str:

@@ -45,6 +45,8 @@ STYLE: Any = {
 DPI = 160
 # A shorter bar could not be seen.
 _NARROWEST_SHARE = 0.0015
+# Later kills leave no room for text at their right.
+_LATE_SHARE = 0.65
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,7 @@ def _draw_losses(axes: Axes, data: LossPlot) -> None:
         markersize=3,
         label="disturbed run",
     )
-    for at in sorted({kill.finished for kill in data.kills}):
+    for at in sorted({kill.finished for kill in data.kills if not kill.in_recovery}):
         axes.axvline(at + 0.5, color=RED, linewidth=1, linestyle=(0, (3, 2)))
     axes.set_ylabel("language-model loss")
     axes.grid(axis="y")
@@ -131,14 +133,18 @@ def _draw_replays(axes: Axes, data: LossPlot) -> None:
             _cell(axes, number + 1, row, ORANGE, "////")
         labels.append(f"recovery {row}\n{recovery.who}" + " alone" * (recovery.source == "local"))
         own = [kill for kill in data.kills if kill.recovery == row - 1]
-        place = max((kill.finished for kill in own), default=0) + 0.5
+        place = min((kill.finished for kill in own), default=0) + 0.5
+        replayed = recovery.replayed(Phase.CONVERT, Phase.CATCH_UP)
         axes.plot(place, row, marker="X", color=RED, markersize=8, markeredgecolor="white", zorder=5)
         words = [f"rank {kill.rank}" + (" in the recovery" if kill.in_recovery else "") for kill in own]
+        # Behind what was replayed, or before it where there is more room.
+        behind = place < _LATE_SHARE * max(data.undisturbed, default=0)
         axes.annotate(
             f"SIGKILL {', '.join(words)}",
-            (place, row),
-            xytext=(9, 0),
+            (max([place, *(n + 1.5 for n in replayed)]) if behind else min([place, *(n + 0.5 for n in replayed)]), row),
+            xytext=(9 if behind else -9, 0),
             textcoords="offset points",
+            ha="left" if behind else "right",
             va="center",
             color=RED,
             fontsize=8,

@@ -33,7 +33,7 @@ class TensorBoardScalars:
         self._directory = directory
         self._tokens = tokens_per_iteration
         self._writer: Any = None
-        self._first_step = self._written = 0
+        self._first_step = self._written = self._replay_step = 0
 
     def __call__(self, event: Event) -> None:
         """Takes one event; kinds without scalars are passed over."""
@@ -62,6 +62,8 @@ class TensorBoardScalars:
         elif kind == "recovery_started":
             # A process that takes over a rank starts here; without catching up it is only told of what is later.
             self._begin_at(int(event["last"]))
+        elif kind == "decision":
+            self._replay_step = min((segment["run"][1] for segment in event["segments"]), default=event["target"])
         elif kind == "resumed":
             self._resumed(event)
         elif kind == "recovery_finished":
@@ -77,7 +79,9 @@ class TensorBoardScalars:
             self._first_step = self._written = step
 
     def _resumed(self, event: Event) -> None:
-        writer, step = self._open(), int(event["step"])
+        # Not at the Step that training goes on from: who takes over later begins behind its newest slot, and what the
+        # one before wrote from there on is replaced.
+        writer, step = self._open(), self._replay_step
         for phase, seconds in event["longest_phase_seconds"].items():
             writer.add_scalar(f"sparse-ckpt-recovery/{phase}-seconds", seconds, step)
         writer.add_scalar("sparse-ckpt-recovery/seconds", event["seconds"], step)

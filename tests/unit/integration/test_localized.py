@@ -38,7 +38,7 @@ class Lab:
 
     def run(self) -> dict[str, str]:
         """Trains to the end; digests of the state."""
-        self.training.run(lambda: self.begin(), lambda: self.train())
+        self.training.run(self.begin, self.train, lambda: None)
         self.manager.finish(durable=True)
         return digest_state(training_state(self.job))
 
@@ -119,7 +119,7 @@ def test_a_failure_in_a_recovery_starts_it_again(
 def test_a_replacement_starts_with_a_recovery(build: Callable[..., TrainingJob], tmp_path: Path) -> None:
     wanted = Lab(build(**FLAGS), tmp_path / "calm", Link()).run()
     first = Lab(build(**FLAGS, exit_interval=4), tmp_path / "lost", Link())
-    first.training.run(first.begin, first.train)
+    first.training.run(first.begin, first.train, lambda: None)
     first.manager.interrupt(verify=False)
     # The process is gone without a goodbye; another one takes its rank.
     link = Link()
@@ -136,5 +136,5 @@ def test_other_errors_are_not_swallowed(build: Callable[..., TrainingJob], tmp_p
         raise ValueError("no peer is lost")
 
     with pytest.raises(ValueError, match="no peer"):
-        lab.training.run(lab.begin, broken)
+        lab.training.run(lab.begin, broken, lambda: None)
     lab.manager.finish(durable=True)

@@ -34,21 +34,23 @@ def _points(directory: Path) -> EventAccumulator:
 
 def test_the_process_that_takes_over_rank_0_leaves_no_gap_and_no_double(tmp_path: Path) -> None:
     killed, successor = TensorBoardScalars(tmp_path, 1024), TensorBoardScalars(tmp_path, 1024)
-    for number in range(4):
-        killed(iteration(number, 100.0 + number))
-    # Iteration 5 was finished by others, and told by the killed one no more.
-    successor(event("recovery_started", 110.0, first=0, last=3, replays=3))
-    successor(event("recovery_finished", 110.5, step=3, replays=3, seconds=1.0))
-    for number in (3, 4):
-        successor(iteration(number, 111.0 + number, replayed=True))
+    decision = next(e for e in local_run() if e["kind"] == "decision")
+    resumed = next(e for e in local_run() if e["kind"] == "resumed")
+    for item in [*(iteration(n, 100.0 + n) for n in range(4)), decision, resumed, iteration(4, 106.0)]:
+        killed(item)
+    # The killed one has told of iteration 6 no more; others have finished it.
+    successor({**decision, "segments": [{"run": [2, 5]}], "target": 6})
+    successor(event("recovery_started", 110.0, first=2, last=5, replays=3))
+    successor(event("recovery_finished", 110.5, step=5, replays=3, seconds=1.0))
+    successor(iteration(5, 111.0, replayed=True))
     for item in [e for e in local_run() if e["rank"] == 0 and e["time"] > 113.1]:
         successor(item)
     successor.close()
     read = _points(tmp_path)
     assert [point.step for point in read.Scalars("lm loss")] == list(range(1, 10))
     for name, value in (("replayed-iterations", 5.0), ("scope-stages", 2.0), ("convert-seconds", 3.5)):
-        (point,) = read.Scalars(f"sparse-ckpt-recovery/{name}")
-        assert (point.step, point.value) == (5, value)
+        points = read.Scalars(f"sparse-ckpt-recovery/{name}")
+        assert [(point.step, point.value) for point in points] == [(4, value), (5, value)]
 
 
 def test_a_survivor_writes_what_it_replays_only_once(tmp_path: Path) -> None:
