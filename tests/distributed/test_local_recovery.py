@@ -115,7 +115,11 @@ def test_a_kill_at_every_point_on_every_stage(lab: Lab, tmp_path: Path, shared_m
     run_plan(lab, tmp_path, shared_memory, layout, faults)
 
 
-@pytest.mark.parametrize("layout", [Layout(3, False, "rolling"), Layout(2, True, "fixed")], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(2, True, "fixed"), pytest.param(Layout(3, False, "rolling"), marks=pytest.mark.long)],
+    ids=str,
+)
 def test_kills_of_every_stage(lab: Lab, tmp_path: Path, shared_memory: Path, layout: Layout) -> None:
     """The representative part: different points, all stages, the same stage twice in a row."""
     points = ("forward:5", "backward:0", "updated", "optimizer", "capture")
