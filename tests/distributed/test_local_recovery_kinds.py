@@ -230,9 +230,11 @@ CAMPAIGNS = [
 @pytest.mark.parametrize("seed", [1, 2])
 def test_faults_by_lot(lab: Lab, tmp_path: Path, shared_memory: Path, layout: Layout, kinds: str, seed: int) -> None:
     """At any moment, also in recoveries, on any rank."""
-    campaign_scenario = layout.scenario(120)
+    campaign_scenario = layout.scenario(240)
     job = local_job(lab, campaign_scenario, tmp_path, shared_memory, layout.mode, "--sparse-ckpt-reorder", "on")
-    job.plan = f"random@seed={seed},mtbf=3s,kinds={kinds},until=115"
+    job.plan = f"random@seed={seed},mtbf=6s,kinds={kinds},until=235"
+    # The slower the machine, the more faults come between two iterations.
+    job.flags = ("--max-failures-without-progress", "500")
     campaign = job.run()
     assert_exact(lab, campaign_scenario, campaign)
     recoveries = campaign.recoveries()
