@@ -77,10 +77,11 @@ def assert_exact(lab: Lab, scenario: Scenario, campaign: Campaign) -> None:
 
 
 def assert_local(campaign: Campaign, deaths: int, mode: str) -> None:
-    """Every death cost one localized recovery; who didn't die kept its process, who didn't fail didn't replay."""
+    """Every death was made good by a localized recovery; only the dead were replaced, only who failed replayed."""
     recoveries = campaign.completed()
     assert [r.decision["source"] for r in recoveries] == ["local"] * len(recoveries), [r.decision for r in recoveries]
-    assert len(recoveries) == deaths, campaign.output[-3000:]
+    # Two ranks that stand in neighbouring iterations can die within one recovery.
+    assert sum(len(r.decision["replaced"]) for r in recoveries) == deaths, campaign.output[-3000:]
     assert sum(len(lives) - 1 for lives in campaign.processes.values()) == len(campaign.told("injected"))
     bound = WINDOW + 1 if mode == "rolling" else 2 * WINDOW + 1
     for recovery in recoveries:

@@ -190,9 +190,9 @@ def _wrong_record(_fault: Fault) -> None:
 
     original = operator_state.replay_iteration
 
-    def shifted(job: Any, record: Any, frozen: Any) -> float:
+    def shifted(job: Any, record: Any, *rest: Any) -> float | None:
         rates = tuple(rate * 1.001 + 1e-6 for rate in record.learning_rates)
-        return original(job, replace(record, learning_rates=rates), frozen)
+        return original(job, replace(record, learning_rates=rates), *rest)
 
     operator_state.replay_iteration = shifted
 
