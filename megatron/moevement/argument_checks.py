@@ -7,6 +7,7 @@ that cannot work. Both raise `UsageError`, one line that names the flag and the 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -145,19 +146,20 @@ def _layout(c: TrainingConfig) -> Iterator[UsageError]:
     world, tensor, pipeline = c.world_size, c.tensor_model_parallel_size, c.pipeline_model_parallel_size
     if c.context_parallel_size > 1:
         yield UsageError("--context-parallel-size", "above 1 is not supported", "remove it or shorten --seq-length")
+    expert_group = c.expert_tensor_size * c.expert_model_parallel_size * pipeline
+    group = math.lcm(tensor * pipeline, expert_group)
     if world % (tensor * pipeline):
         yield UsageError(
             "--pipeline-model-parallel-size",
             f"{pipeline} x --tensor-model-parallel-size {tensor} does not divide {world} processes",
-            f"start a multiple of {tensor * pipeline} processes",
+            f"start a multiple of {group} processes (--nproc-per-node)",
         )
-    expert_group = c.expert_tensor_size * c.expert_model_parallel_size * pipeline
     if world % expert_group:
         yield UsageError(
             "--expert-model-parallel-size",
             f"{c.expert_model_parallel_size} x expert tensor size {c.expert_tensor_size} x {pipeline} stages does not"
             f" divide {world} processes",
-            f"start a multiple of {expert_group} processes",
+            f"start a multiple of {group} processes (--nproc-per-node)",
         )
     if c.num_layers % pipeline:
         yield UsageError(

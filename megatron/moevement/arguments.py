@@ -135,5 +135,10 @@ def _check_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
         if not name.startswith("--") or name in known:
             continue
         argument_checks.check_supported(name)
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-        raise UsageError(name, "is not a known flag", f"did you mean {nearest[0]}?")
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+        remedy = (
+            f"did you mean {nearest[0]}?"
+            if nearest
+            else "docs/flags.md lists all; launchers' flags go before the script"
+        )
+        raise UsageError(name, "is not a known flag", remedy)

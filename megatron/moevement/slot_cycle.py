@@ -151,7 +151,8 @@ class SlotCycle:
     def maybe_reorder(self, step: int) -> None:
         """At the start of a window: orders experts by popularity again if it has changed enough (paper 3.2)."""
         tools, schedule = self._tools, self.schedule
-        if not tools.config.reorder or schedule.index(step) or step == self._first_step:
+        # With one group there is no order.
+        if not tools.config.reorder or schedule.window == 1 or schedule.index(step) or step == self._first_step:
             return
         counts, most = tools.state.popularity(), max(self._plan.slot_bytes) + self._plan.spare_bytes
 

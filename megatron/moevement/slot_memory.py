@@ -54,8 +54,15 @@ class SlotMemory:
         Raises:
             StoreError: on every rank, if another job uses the slots of any rank.
         """
-        if not self._config.dry_run:
+        if self._config.dry_run:
+            return
+        # Rank 0 first: of two jobs that start together one gets all locks, and not each of them some.
+        together(self._agreement, lambda: hold(self._path) if self._agreement.rank == 0 else None)
+        try:
             together(self._agreement, lambda: hold(self._path))
+        except StoreError:
+            self.give_back(None, keep=True)
+            raise
 
     def check(self, plan: SparsePlan) -> None:
         """Refuses a plan that there is no room for, before any rank takes memory. Collective.
@@ -65,7 +72,12 @@ class SlotMemory:
         """
         existing = sum(self._agreement.gather(self._path.stat().st_size if self._path.exists() else 0))
         room = (self._config.host_memory_gib, self._config.job_directory, self._ranks_on_node, existing)
-        together(self._agreement, lambda: check_room(plan.memory, *room))
+        try:
+            together(self._agreement, lambda: check_room(plan.memory, *room))
+        except StoreError:
+            # A refused start leaves nothing behind.
+            self.give_back(None, keep=self._path.exists())
+            raise
 
     def create(self, plan: SparsePlan, content: Mapping[str, Any], threads: int) -> HostStore:
         """Takes the memory of the plan, in place of older slots. Collective.

@@ -83,6 +83,11 @@ class WorkerLink:
         """Whether the current generation has failed, or the whole job ends."""
         return self._failed
 
+    @property
+    def ending(self) -> str:
+        """Why the whole job ends; empty while it doesn't."""
+        return self._end_reason
+
     def check(self) -> None:
         """Raises where the current generation has failed.
 

@@ -29,6 +29,8 @@ from moevement_ext import CopyEngine, EngineError
 _REPLAY_FIELDS = (
     "seed",
     "split",
+    # The order of the samples depends on how many there will be.
+    "train_iters",
     "micro_batch_size",
     "hidden_dropout",
     "attention_dropout",

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron.moevement import injection
 from megatron.moevement.agent.link import WorkerLink
-from megatron.moevement.errors import PeerLost, SlotInvalid, TranscriptInvalid
+from megatron.moevement.errors import JobEnded, PeerLost, SlotInvalid, TranscriptInvalid
 from megatron.moevement.events import EventLog
 from megatron.moevement.integration import train_loop
 from megatron.moevement.integration.attach import SparseHooks
@@ -107,6 +107,8 @@ class LocalizedTraining:
                 damaged = isinstance(error, (TranscriptInvalid, SlotInvalid))
                 if not damaged and not self._generations.is_failure(error):
                     raise
+                if self._link.ending:
+                    raise JobEnded(self._link.ending) from None
                 self._events.emit("failure_noticed", step=self._job.step, reason=str(error).split("\n")[0][:200])
             first = False
             self._phases.enter(Phase.LEAVE)
@@ -194,9 +196,9 @@ class LocalizedTraining:
         """The barrier before training goes on; whoever displays something learns what the others did."""
         phases = self._phases
         injection.reached("meet")
-        stood = self._agreement.gather((phases.seconds, phases.replayed))
+        stood = self._agreement.gather((phases.seconds, phases.replayed, phases.total_seconds))
         longest: dict[str, float] = {}
-        for seconds, _ in stood:
+        for seconds, _, _ in stood:
             for phase in seconds.keys() - {Phase.MEET}:
                 longest[phase] = max(longest.get(phase, 0.0), seconds[phase])
         self._events.emit(
@@ -205,8 +207,9 @@ class LocalizedTraining:
             step=self._job.step,
             source=decision.source,
             scope=scope,
-            replayed=max(replayed for _, replayed in stood),
-            seconds=phases.total_seconds,
+            replayed=max(replayed for _, replayed, _ in stood),
+            # A process that took over a rank has seen only a part of it.
+            seconds=max(total for _, _, total in stood),
             phase_seconds=phases.seconds,
             longest_phase_seconds=longest,
         )

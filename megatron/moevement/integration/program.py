@@ -60,7 +60,13 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
             state_digest.write_state_digest(config.state_digest, job, history)
         distributed.stop()
     except JobEnded as error:
-        print(f"rank {topology.rank}: the job ends: {error}", file=sys.stderr, flush=True)
+        if topology.rank == 0:
+            kept = (
+                f"; slots are kept in {sparse.job_directory}, the same command goes on from them"
+                if sparse.enabled
+                else ""
+            )
+            print(f"the job ends: {error}{kept}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_AGAIN) from None
     except RuntimeError as error:
         if not any(text in str(error) for text in _PEER_LOST):
