@@ -84,5 +84,5 @@ def test_fifty_recoveries_leave_nothing_behind(lab: Lab, tmp_path: Path, shared_
     assert (first.threads, first.mappings) == (last.threads, last.mappings)
     assert last.resident_mib - first.resident_mib < GROWTH_MIB
     assert watch.files[seen[0]] == watch.files[seen[-1]]
-    if last.descriptors > first.descriptors:
-        pytest.xfail(f"descriptors of closed sockets stay: {first.descriptors}, then {last.descriptors}")
+    # Sockets of the present generation come and go; one that a recovery leaves behind would be one for each.
+    assert last.descriptors - first.descriptors < (seen[-1] - seen[0]) // 2

@@ -53,14 +53,17 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
     if link is not None:
         _allow_descriptors()
     topology = distributed.start(config, link)
+    rank = topology.rank
     try:
         job = build_job(config, topology)
+        # It would keep the process groups of a generation that has failed, and their sockets.
+        del topology
         history = _train_sparse(job, sparse, link) if sparse.enabled else _train(job)
         if config.state_digest is not None:
             state_digest.write_state_digest(config.state_digest, job, history)
         distributed.stop()
     except JobEnded as error:
-        if topology.rank == 0:
+        if rank == 0:
             kept = (
                 f"; slots are kept in {sparse.job_directory}, the same command goes on from them"
                 if sparse.enabled
@@ -71,7 +74,7 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
     except RuntimeError as error:
         if not any(text in str(error) for text in _PEER_LOST):
             raise
-        print(f"rank {topology.rank}: another rank is gone ({_first_line(error)})", file=sys.stderr, flush=True)
+        print(f"rank {rank}: another rank is gone ({_first_line(error)})", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_PEER_LOST) from None
     finally:
         if link is not None:
