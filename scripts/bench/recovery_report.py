@@ -106,7 +106,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     machine = result["machine"]
     where = ", ".join(sorted(set(machine["devices"]))) or f"{machine['cores']} cores"
     axes.set_title(f"One worker killed: {result['ranks']} ranks, W={result['window']}, {where}", loc="left")
-    axes.legend(fontsize=8, ncols=3, loc="upper left", bbox_to_anchor=(0, -0.1), frameon=False)
+    figure.legend(fontsize=8, ncols=3, loc="outside lower center", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=140)
     pyplot.close(figure)
