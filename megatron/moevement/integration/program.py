@@ -64,12 +64,8 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
         distributed.stop()
     except JobEnded as error:
         if rank == 0:
-            kept = (
-                f"; slots are kept in {sparse.job_directory}, the same command goes on from them"
-                if sparse.enabled
-                else ""
-            )
-            print(f"the job ends: {error}{kept}", file=sys.stderr, flush=True)
+            kept = f"slots are kept in {sparse.job_directory}, the same command goes on from them"
+            print(f"the job ends: {error}; {kept}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_AGAIN) from None
     except RuntimeError as error:
         if not any(text in str(error) for text in _PEER_LOST):
@@ -82,7 +78,7 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
 
 
 def _allow_descriptors() -> None:
-    """As many as the system permits: every generation of process groups opens some hundred, and not all are closed."""
+    """As many as the system permits: in a recovery the groups of two generations are open, some hundred each."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
