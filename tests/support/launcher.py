@@ -5,6 +5,7 @@ import json
 import os
 import queue
 import shutil
+import secrets
 import signal
 import socket
 import subprocess
@@ -171,10 +172,11 @@ class Job:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nobody listens on, and that the system gives to no outgoing connection meanwhile."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", secrets.choice(range(20000, 32000))))
+            return int(probe.getsockname()[1])
 
 
 def copy_slots(source: Path, target: Path) -> None:
