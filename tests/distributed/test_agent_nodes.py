@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.agents import Agents, free_port, wait
+from tests.support.agents import Agents, wait
+from tests.support.launcher import free_port
 
 pytestmark = pytest.mark.distributed
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -127,10 +126,3 @@ def wait(look: Callable[[], T | None], complain: Callable[[], str] = lambda: "wa
             return found
         time.sleep(0.02)
     raise AssertionError(complain())
-
-
-def free_port() -> int:
-    """A port that nothing listens on at this moment."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

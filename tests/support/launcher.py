@@ -4,8 +4,8 @@ import contextlib
 import json
 import os
 import queue
-import shutil
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
