@@ -196,20 +196,23 @@ class LocalizedTraining:
         """The barrier before training goes on; whoever displays something learns what the others did."""
         phases = self._phases
         injection.reached("meet")
-        stood = self._agreement.gather((phases.seconds, phases.replayed, phases.total_seconds))
+        job = self._job
+        stood = self._agreement.gather((phases.seconds, phases.replayed, phases.total_seconds, job.end))
+        # A process that took over a rank doesn't know where the run ends.
+        job.end = max((end for *_, end in stood if end is not None), default=None)
         longest: dict[str, float] = {}
-        for seconds, _, _ in stood:
+        for seconds, *_ in stood:
             for phase in seconds.keys() - {Phase.MEET}:
                 longest[phase] = max(longest.get(phase, 0.0), seconds[phase])
         self._events.emit(
             "resumed",
             generation=self._link.generation,
-            step=self._job.step,
+            step=job.step,
             source=decision.source,
             scope=scope,
-            replayed=max(replayed for _, replayed, _ in stood),
+            replayed=max(replayed for _, replayed, *_ in stood),
             # A process that took over a rank has seen only a part of it.
-            seconds=max(total for _, _, total in stood),
+            seconds=max(total for _, _, total, _ in stood),
             phase_seconds=phases.seconds,
             longest_phase_seconds=longest,
         )
