@@ -26,5 +26,6 @@ def test_from_the_failure_to_the_agreement(lab: Lab, tmp_path: Path, shared_memo
     print(f"{kind}: {agreed - struck:.2f} s from the failure to the agreement")
     if kind == "hang":
         # It was the limit that ended the wait, not a time-out of the collectives.
-        silent = re.search(r"rank 1: no progress for (\d+) s in 'forward and backward' while others wait", campaign.output)
+        words = r"rank 1: no progress for (\d+) s in 'forward and backward' while others wait"
+        silent = re.search(words, campaign.output)
         assert silent is not None and int(silent.group(1)) >= int(limit)

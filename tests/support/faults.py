@@ -297,15 +297,23 @@ def _hold_before_update(fault: Fault) -> None:
     """The barrier before the update of the iteration ends on the other ranks, and on this one by their failure."""
     import time
 
-    from megatron.moevement.integration.localized import LocalizedTraining
+    from megatron.moevement.agent.link import WorkerLink
+    from megatron.moevement.schedule.agreement import Agreement
 
-    def hold(training: Any) -> None:
-        if training._job.step == fault["iteration"]:
-            while not training._link.failed:
+    held = list[WorkerLink]()
+
+    def note(link: Any, point: str, iteration: int | None = None, **_values: Any) -> None:
+        if (point, iteration) == ("update", fault["iteration"]):
+            held.append(link)
+
+    def hold(_agreement: Any) -> None:
+        for link in held:
+            while not link.failed:
                 time.sleep(0.01)
-            training._link.check()
+            link.check()
 
-    _after(LocalizedTraining, "_agree_to_update", hold)
+    _before(WorkerLink, "beat", note)
+    _after(Agreement, "barrier", hold)
 
 
 def _lose_files(fault: Fault) -> None:

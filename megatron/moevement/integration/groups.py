@@ -83,7 +83,9 @@ def abort_all(communicators: Sequence[Any]) -> list[threading.Thread]:
         with contextlib.suppress(RuntimeError):
             communicator.abort()
 
-    threads = [threading.Thread(target=abort, args=(one,), name="moevement-abort", daemon=True) for one in communicators]
+    threads = [
+        threading.Thread(target=abort, args=(one,), name="moevement-abort", daemon=True) for one in communicators
+    ]
     for thread in threads:
         thread.start()
     return threads
@@ -117,9 +119,6 @@ def leave() -> None:
     if dist.is_initialized():
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
-    if dist.is_initialized():
-        # It stops at the first group that objects.
-        dist.distributed_c10d._abort_process_group()
 
 
 def _end_batches() -> None:

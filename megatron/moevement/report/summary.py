@@ -50,6 +50,11 @@ class Outcome:
     replay_seconds: float | None = None
     back_seconds: float | None = None
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether a further kill came before training went on."""
+        return self.back_seconds is not None and self.replay_seconds is None
+
 
 def outcomes(events: Sequence[Event], kills: Sequence[Kill], found: Sequence[LocalRecovery]) -> list[Outcome]:
     """What followed each kill. `events` are those of all ranks, in the order of their times."""
@@ -118,7 +123,7 @@ def recovery_table(found: Sequence[Outcome]) -> Table:
             _replays_text(item),
             _seconds(item.detect_seconds),
             _seconds(item.join_seconds),
-            "killed" if item.back_seconds is not None and item.replay_seconds is None else _seconds(item.replay_seconds),
+            "killed" if item.interrupted else _seconds(item.replay_seconds),
             _seconds(item.back_seconds),
         )
     if any(item.replayed_after for item in found):

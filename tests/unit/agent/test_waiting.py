@@ -14,8 +14,8 @@ class Handle:
         self._lock = threading.Lock()
         self._lock.acquire()
         self.wait = self._lock.acquire
-        # As torch.cuda.synchronize() does in the end, and as values of the device are read.
-        self._cuda_synchronize = self.item = self.tolist = self._lock.acquire
+        # As torch.cuda.synchronize() does in the end, by a name like this, and as values of the device are read.
+        self.cuda_synchronize = self.item = self.tolist = self._lock.acquire
         self.free = self._lock.release
 
 
@@ -42,7 +42,7 @@ def test_a_handle_is_waited_for() -> None:
 
 
 def test_the_device_is_waited_for() -> None:
-    for work in (lambda one: one._cuda_synchronize(), lambda one: one.item() + 1, lambda one: [one.tolist()]):
+    for work in (lambda one: one.cuda_synchronize(), lambda one: one.item() + 1, lambda one: [one.tolist()]):
         handle = Handle()
         assert looked_at(lambda work=work, handle=handle: work(handle), handle.free, True)  # type: ignore[misc]
 
