@@ -307,7 +307,8 @@ def _hold_before_update(fault: Fault) -> None:
             held.append(link)
 
     def hold(_agreement: Any) -> None:
-        for link in held:
+        if held:
+            link = held.pop()
             while not link.failed:
                 time.sleep(0.01)
             link.check()
