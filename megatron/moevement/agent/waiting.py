@@ -10,7 +10,9 @@ from types import FrameType
 
 import torch.distributed
 
-_COLLECTIVES = os.path.dirname(torch.distributed.__file__) + os.sep
+from megatron.moevement.agent import gloo_waits
+
+_COLLECTIVES = (os.path.dirname(torch.distributed.__file__) + os.sep, gloo_waits.__file__)
 # The handle of an asynchronous collective is waited for in native code, which leaves no frame of torch.distributed.
 # With NCCL the host waits where it waits for the device: for a stream, an event, or a value.
 _WAITING_CALL = re.compile(r"[._](wait|synchronize)\(.*\)\s*$|\.(item|tolist|cpu)\(\)\s*$", re.DOTALL)

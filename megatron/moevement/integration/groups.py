@@ -7,6 +7,7 @@ made anew; `holders` finds every reference to an old group in the job, and `rebi
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import threading
 import types
@@ -101,20 +102,30 @@ def _communicators() -> list[Any]:
     return found
 
 
-def leave() -> None:
-    """Gives up all groups there are, also half-made ones. References to them stay where they are, for `rebind`.
+def abort() -> None:
+    """Ends whatever NCCL still runs for the groups there are; called from the main thread.
 
     Raises:
         RuntimeError: the device can't be used any more; this process must be replaced.
     """
-    if dist.is_initialized():
-        # An orderly end would wait for kernels that wait for the lost rank.
-        for thread in abort_all(_communicators()):
-            thread.join()
-        _end_batches()
-        if torch.cuda.is_initialized():
-            # What ran behind the aborted kernels ends too, before any of its memory is written again.
-            torch.cuda.synchronize()
+    if not dist.is_initialized():
+        return
+    for thread in abort_all(_communicators()):
+        thread.join()
+    _end_batches()
+    if torch.cuda.is_initialized():
+        # What ran behind the aborted kernels ends too, before any of its memory is written again.
+        torch.cuda.synchronize()
+
+
+def leave() -> None:
+    """Gives up all groups there are, also half-made ones. References to them stay where they are, for `rebind`.
+
+    Raises:
+        RuntimeError: see `abort`.
+    """
+    # An orderly end would wait for kernels that wait for the lost rank.
+    abort()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         with contextlib.suppress(RuntimeError):
@@ -129,6 +140,12 @@ def _end_batches() -> None:
     for group in list(dist.distributed_c10d._world.pg_coalesce_state):
         with contextlib.suppress(RuntimeError):
             group._end_coalescing(torch.device("cuda"))
+
+
+def keep() -> None:
+    """Keeps the groups there are from ever being destroyed: that would wait for threads that a lost wait holds."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 def holders(roots: Sequence[Any], groups: Mapping[str, Any]) -> list[Any]:
