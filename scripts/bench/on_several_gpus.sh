@@ -13,7 +13,6 @@ export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 OMP_NUM_THREADS=1
 device=${DEVICE:-gpu}
 python=${PYTHON:-python3}
 began=$SECONDS
-exec > >(tee -a "$results/console.log") 2>&1
 note() { echo "=== [$((SECONDS - began)) s] $*"; }
 # Runs a command for at most so many seconds; its output goes to a file, the end of it here as well.
 part() {
@@ -27,38 +26,43 @@ part() {
   rm "$results/part.tmp"
   note "$name: status $status"
 }
-if [ "$device" = gpu ]; then
-  nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
-  nvidia-smi topo -m | head -8
-  # Slots need more shared memory than a tmpfs allows that was made when the machine had less.
-  mount -o remount,size=100G /dev/shm
-  overhead=16-experts-pp2 model=large only=nccl
-else
-  overhead=demo model=small only=gloo
-fi
-"$python" -c "
-import torch, megatron.core, pytest, rich, xxhash
+run() {
+  if [ "$device" = gpu ]; then
+    nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
+    nvidia-smi topo -m | head -8
+    # Slots need more shared memory than a tmpfs allows that was made when the machine had less.
+    mount -o remount,size=100G /dev/shm
+    overhead=16-experts-pp2 model=large only=nccl
+  else
+    overhead=demo model=small only=gloo
+  fi
+  "$python" -c "
+import importlib.util, torch
+missing = [name for name in ('megatron.core', 'pytest', 'rich', 'xxhash', 'matplotlib') if importlib.util.find_spec(name) is None]
+assert not missing, missing
 print('torch', torch.__version__, 'GPUs', torch.cuda.device_count(), 'NCCL', torch.cuda.is_available() and torch.cuda.nccl.version())
 " || { note "a Python package is missing: nothing can run"; exit 1; }
-for each in "${@:-build smoke tests overhead recovery}"; do
-  for one in $each; do
-    case $one in
-      build)
-        part build 90 "$python" setup.py build_ext --inplace
-        "$python" -c "import moevement_ext; print(moevement_ext.build_info())" || { note "no extension: nothing can run"; exit 1; } ;;
-      smoke)
-        TAIL=60 part smoke 90 "$python" scripts/bench/smoke.py "$results/smoke.log" --device "$device" --seconds 75 ;;
-      tests)
-        part tests 140 "$python" -m pytest -m gpu tests/gpu/test_local_recovery.py -q -s -p no:cacheprovider -k "$only" ;;
-      overhead)
-        part overhead 95 "$python" scripts/bench/overhead.py --model "$overhead" --window 4 --variants off,sparse \
-          --blocks 3 --block 5 --output "$results/overhead" ;;
-      recovery)
-        part recovery 105 "$python" scripts/bench/recovery.py --device "$device" --model "$model" --pipeline 2 \
-          --variants local,global --modes rolling --repeat 1 --dense-interval 12 --timeout-seconds 50 --output "$results/recovery" ;;
-      *) note "unknown part $one"; exit 2 ;;
-    esac
+  for each in "${@:-build smoke tests overhead recovery}"; do
+    for one in $each; do
+      case $one in
+        build)
+          part build 90 "$python" setup.py build_ext --inplace
+          "$python" -c "import moevement_ext; print(moevement_ext.build_info())" || { note "no extension: nothing can run"; exit 1; } ;;
+        smoke)
+          TAIL=60 part smoke 90 "$python" scripts/bench/smoke.py "$results/smoke.log" --device "$device" --seconds 75 ;;
+        tests)
+          part tests 140 "$python" -m pytest -m gpu tests/gpu/test_local_recovery.py -q -s -p no:cacheprovider -k "$only" ;;
+        overhead)
+          part overhead 95 "$python" scripts/bench/overhead.py --model "$overhead" --window 4 --variants off,sparse \
+            --blocks 3 --block 5 --output "$results/overhead" ;;
+        recovery)
+          part recovery 105 "$python" scripts/bench/recovery.py --device "$device" --model "$model" --pipeline 2 \
+            --variants local,global --modes rolling --repeat 1 --dense-interval 12 --timeout-seconds 50 --output "$results/recovery" ;;
+        *) note "unknown part $one"; exit 2 ;;
+      esac
+    done
   done
-done
-note end
-exit 0
+  note end
+}
+run "$@" 2>&1 | tee -a "$results/console.log"
+exit "${PIPESTATUS[0]}"
