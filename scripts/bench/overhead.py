@@ -53,6 +53,12 @@ MODELS = {
     "demo": (4, DEMO),
     "16-experts": (1, LARGE + "--num-experts 16 --moe-ffn-hidden-size 4096"),
     "32-experts": (1, LARGE + "--num-experts 32 --moe-ffn-hidden-size 2048"),
+    # Over NCCL, four micro-batches through a stage a GPU.
+    "16-experts-pp2": (
+        2,
+        LARGE.replace("--micro-batch-size 32", "--micro-batch-size 8") + "--num-experts 16 --moe-ffn-hidden-size 4096 "
+        "--pipeline-model-parallel-size 2 --untie-embeddings-and-output-weights --distributed-backend nccl",
+    ),
     "64-experts": (1, LARGE + "--num-experts 64 --moe-ffn-hidden-size 768"),
 }
 

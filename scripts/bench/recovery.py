@@ -2,6 +2,7 @@
 
     python scripts/bench/recovery.py                                 3 stages and 6 micro-batches on the CPU
     python scripts/bench/recovery.py --device gpu --model large      the same on GPUs, which ranks share if they must
+    python scripts/bench/recovery.py --device gpu --model large --pipeline 2      on two GPUs over NCCL
     python scripts/bench/recovery.py --variants local,global --repeat 4 --modes rolling
 
 The same model is trained in every variant, and its workers are killed at the same points: one of the middle stage, one
@@ -40,11 +41,11 @@ sys.path.insert(0, str(ROOT))
 from scripts.bench import recovery_figures, recovery_report
 
 WORKER = Path(__file__).resolve().parent / "recovery_worker.py"
-STAGES, MICRO_BATCHES = 3, 6
+MICRO_BATCHES = 6
 COMMON = (
     "--bf16 --moe-router-topk 2 --moe-token-dispatcher-type alltoall --moe-aux-loss-coeff 0.01 --clip-grad 1.0 "
     "--lr 1e-4 --lr-decay-style constant --split 100,0,0 --tokenizer-type ByteLevelTokenizer --micro-batch-size 1 "
-    f"--pipeline-model-parallel-size {STAGES} --untie-embeddings-and-output-weights --log-interval 1000000"
+    "--untie-embeddings-and-output-weights --log-interval 1000000"
 )
 # name -> (data-parallel and expert-parallel ranks of a stage, flags)
 MODELS = {
@@ -114,18 +115,21 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--model", choices=sorted(MODELS), default="small")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--pipeline", type=int, choices=(2, 3), default=3, help="stages (default: 3)")
     parser.add_argument("--window", type=int, default=3, help="W (default: 3, the paper's for GPT-MoE)")
     parser.add_argument("--modes", default="rolling,fixed", help="comma list of window modes")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="comma list; see above")
     parser.add_argument("--repeat", type=int, default=2, help="kills of each stage in each variant (default: 2)")
-    parser.add_argument("--stages", default="1,2", help="comma list of the stages whose workers are killed")
+    parser.add_argument("--stages", help="comma list of the stages whose workers are killed (default: all but stage 0)")
     parser.add_argument("--dense-interval", type=int, default=22, help="iterations between dense checkpoints")
     parser.add_argument("--replacement", choices=("cold", "warm", "fork"), default="warm", help="the agent's")
     parser.add_argument("--pin", choices=("auto", "on", "off"), default="auto", help="each rank on cores of its own")
     parser.add_argument("--timeout-seconds", type=float, default=900.0, help="for the job of one variant")
     parser.add_argument("--output", default="runs/recovery", help="path of the results without ending")
     options = parser.parse_args()
-    for flag, known in (("variants", VARIANTS), ("modes", ("rolling", "fixed")), ("stages", ("0", "1", "2"))):
+    stages = tuple(map(str, range(options.pipeline)))
+    options.stages = options.stages or ",".join(stages[1:])
+    for flag, known in (("variants", VARIANTS), ("modes", ("rolling", "fixed")), ("stages", stages)):
         words = getattr(options, flag).split(",")
         if set(words) - set(known) or len(set(words)) < len(words):
             parser.error(f"--{flag} {getattr(options, flag)}: any of {', '.join(known)}, by commas, each once")
@@ -151,7 +155,7 @@ def ranks_of_a_stage(options: argparse.Namespace) -> int:
 
 def ranks(options: argparse.Namespace) -> int:
     """Processes of the job."""
-    return STAGES * ranks_of_a_stage(options)
+    return int(options.pipeline) * ranks_of_a_stage(options)
 
 
 def kills(options: argparse.Namespace) -> list[tuple[int, int]]:
@@ -193,6 +197,7 @@ def job_command(
     torchrun += ["--monitor-interval", "0.1", "--max-restarts", "1000"]
     words = [*(agent if name in AGENT else torchrun), str(WORKER), *COMMON.split()]
     words += [*MODELS[options.model][1].split(), *backend(options), "--data-path", str(corpus)]
+    words += ["--pipeline-model-parallel-size", str(options.pipeline)]
     words += ["--global-batch-size", str(MICRO_BATCHES * ranks_of_a_stage(options))]
     words += ["--train-iters", str(plan[-1][0] + 3), "--marks", str(folder)]
     words += ["--kills", ",".join(f"{iteration}:{victim}" for iteration, victim in plan), "--cores", cores(options)]
@@ -277,7 +282,7 @@ def heading(options: argparse.Namespace) -> dict[str, Any]:
         "model": options.model,
         "backend": backend(options)[-1],
         "ranks": ranks(options),
-        "stages": STAGES,
+        "stages": options.pipeline,
         "micro_batches": MICRO_BATCHES,
         "cores_of_ranks": cores(options),
         "window": options.window,

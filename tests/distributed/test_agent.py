@@ -1,6 +1,7 @@
 """One agent with real workers that are killed, stopped, hung and refused; survivors keep their process and memory."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -51,6 +52,7 @@ def test_survivors_stay_and_one_is_replaced_again_and_again(agents: Agents) -> N
     assert all(len(agents.notes(rank, "done")) == 1 for rank in range(3))
     said = agents.said()
     assert "rank 0: was stopped for 2 s" in said
+    assert said.count("rank 1: a forked process replaces it") == 4
     assert "rank 2: no progress for" in said and "in 'forward' while others wait" in said
 
 
@@ -66,6 +68,9 @@ def test_two_at_once_and_warm_processes(agents: Agents) -> None:
     agents.finish()
     assert agents.end() == 0
     assert not agents.left()
+    kinds = re.findall(r"rank [02]: a (\S+) process replaces it", agents.said())
+    # One process stands by: for the second failure within a moment there is none.
+    assert kinds[0] in ("warm", "half-warm") and kinds[1] == "cold"
 
 
 def _latest(agents: Agents, old_pid: int) -> list[dict[str, int]]:

@@ -137,6 +137,30 @@ def test_the_very_beginning_and_the_very_end(lab: Lab, tmp_path: Path, shared_me
     assert not (shared_memory / "job").exists(), "the last step is durable: nothing stays in shared memory"
 
 
+def test_a_run_with_an_exit_interval_ends_where_it_would_have(lab: Lab, tmp_path: Path, shared_memory: Path) -> None:
+    """Although a rank dies after the last iteration of the interval, and another one in that recovery."""
+    ending = Layout(3, False, "rolling").scenario(16, f"{UNTIED} --exit-interval 8")
+    job = local_job(lab, ending, tmp_path, shared_memory, "rolling", "--save", str(tmp_path / "dense"))
+    job.plan = "kill@rank=1,point=dense_save,iteration=8; kill@rank=0,point=meet"
+    campaign = job.run()
+    assert_exact(lab, ending, campaign)
+    assert len(campaign.told("injected")) == 2
+    assert max(event["iteration"] for event in campaign.told("iteration")) == 7
+
+
+def test_who_has_not_updated_yet_rolls_forward(lab: Lab, tmp_path: Path, shared_memory: Path) -> None:
+    """Rank 1 is lost when its input of iteration 7 has come, so rank 0 has updated, and rank 2 has not."""
+    job = local_job(lab, SIMPLE, tmp_path, shared_memory, "rolling")
+    job.plan = "kill@rank=1,point=forward:0,iteration=7"
+    job.faults.append({"point": "hold_before_update", "rank": 2, "iteration": 6})
+    campaign = job.run()
+    assert_exact(lab, SIMPLE, campaign)
+    (recovery,) = campaign.completed()
+    decision = recovery.decision
+    assert (decision["source"], decision["target"], decision["roll_forward"]) == ("local", 7, [2])
+    assert recovery.segments == [[1]]
+
+
 def lossy(lab: Lab, tmp_path: Path, memory: Path, suffixes: list[str], *extra: str) -> Campaign:
     """Rank 1 is killed twice and loses files the first time."""
     job = local_job(lab, SIMPLE, tmp_path, memory, "rolling", *extra)

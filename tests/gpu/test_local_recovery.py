@@ -3,6 +3,7 @@
 python -m pytest -m gpu -s tests/gpu/test_local_recovery.py
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-ITERATIONS = 14
+ITERATIONS, LIMIT_SECONDS = 14, 65.0
 MODEL = (
     "--num-layers 4 --hidden-size 256 --num-attention-heads 4 --seq-length 256 --num-experts 8 --moe-router-topk 2 "
     "--moe-aux-loss-coeff 0.01 --moe-token-dispatcher-type alltoall --bf16 --clip-grad 1.0 --micro-batch-size 1 "
@@ -47,6 +48,13 @@ def start(corpus: Path, directory: Path, layout: tuple[str, int, int], inject: s
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
 
+def ended(job: subprocess.Popen[bytes]) -> int | None:
+    """The job's status; None: it takes too long."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return job.wait(LIMIT_SECONDS)
+    return None
+
+
 def events(directory: Path, ranks: int, kind: str) -> list[dict[str, Any]]:
     """Of all ranks."""
     found = []
@@ -68,7 +76,7 @@ def test_killed_and_recovered_in_place(tmp_path: Path, backend: str, stages: int
         started = time.perf_counter()
         job = start(corpus, tmp_path / name, (backend, stages, experts), inject)
         try:
-            assert job.wait(150) == 0, (tmp_path / name / "log").read_text()[-4000:]
+            assert ended(job) == 0, (tmp_path / name / "log").read_text()[-6000:]
         finally:
             job.kill()
         jobs[name] = time.perf_counter() - started

@@ -293,6 +293,30 @@ def _flip_delivered_bit(_fault: Fault) -> None:
     ReplayP2P._give = flipped  # type: ignore[method-assign]
 
 
+def _hold_before_update(fault: Fault) -> None:
+    """The barrier before the update of the iteration ends on the other ranks, and on this one by their failure."""
+    import time
+
+    from megatron.moevement.agent.link import WorkerLink
+    from megatron.moevement.schedule.agreement import Agreement
+
+    held = list[WorkerLink]()
+
+    def note(link: Any, point: str, iteration: int | None = None, **_values: Any) -> None:
+        if (point, iteration) == ("update", fault["iteration"]):
+            held.append(link)
+
+    def hold(_agreement: Any) -> None:
+        if held:
+            link = held.pop()
+            while not link.failed:
+                time.sleep(0.01)
+            link.check()
+
+    _before(WorkerLink, "beat", note)
+    _after(Agreement, "barrier", hold)
+
+
 def _lose_files(fault: Fault) -> None:
     """The rank's slots and transcript are gone when its replacement starts, as after the loss of a node."""
     from pathlib import Path
@@ -322,5 +346,6 @@ POINTS: dict[str, Callable[[Fault], None]] = {
     "shift_keys": _transcript_reads(_shift_keys),
     "flip_transcript_byte": _flip_transcript_byte,
     "flip_delivered_bit": _flip_delivered_bit,
+    "hold_before_update": _hold_before_update,
     "lose_files": _lose_files,
 }

@@ -7,6 +7,7 @@ other one is gone.
 from __future__ import annotations
 
 import json
+import select
 import socket
 from typing import Any
 
@@ -61,6 +62,11 @@ class Channel:
         except OSError:
             return None, []
         return (json.loads(data) if data else None), descriptors
+
+    @property
+    def pending(self) -> bool:
+        """Whether something can be received at once."""
+        return bool(select.select([self._end], [], [], 0)[0])
 
     def release(self) -> int:
         """Leaves the descriptor open, for another owner in this process; returns it."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.moevement.agent.channel import EXIT_AGAIN
-from megatron.moevement.agent.hang import hung
+from megatron.moevement.agent.hang import hung, started
 from megatron.moevement.agent.marks import NO_ITERATION, Mark
 
 Message = dict[str, Any]
@@ -298,11 +298,11 @@ class Head:
     def _judge(self, now: float, marks: Mapping[int, Mark]) -> None:
         limits = self._limits
         if not self.gathering:
-            up = {member.rank for member in self.members.values() if member.state == "up"}
-            if up <= set(marks):
-                for rank in hung({rank: marks[rank] for rank in up}, self.generation, limits.hang_seconds):
-                    point, age = marks[rank].point, marks[rank].age
-                    self._kill(rank, f"no progress for {age:.0f} s in '{point}' while others wait")
+            stood = {member.rank: now - member.since for member in self.members.values() if member.state == "up"}
+            if stood.keys() <= marks.keys():
+                own = {rank: marks[rank] for rank in stood}
+                for rank in hung(own, self.generation, limits.hang_seconds, stood, limits.start_seconds):
+                    self._kill(rank, _silence(own[rank], self.generation, limits.start_seconds))
             return
         for member in self.members.values():
             mark, waited = marks.get(member.rank), now - member.since
@@ -324,3 +324,10 @@ class Head:
     def _tell_all(self, message: Message) -> None:
         for number in self.agents:
             self._order(number, message)
+
+
+def _silence(mark: Mark, generation: int, start_seconds: float) -> str:
+    """Why a rank that hangs is killed."""
+    if started(mark, generation):
+        return f"no progress for {mark.age:.0f} s in '{mark.point}' while others wait"
+    return f"no sign of work within {start_seconds:.0f} s of its start (--start-timeout-seconds) while others wait"

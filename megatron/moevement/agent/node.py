@@ -89,6 +89,8 @@ class Node:
     def _start(self, order: Message) -> None:
         first = order["generation"] == 0
         process = self._starter.first() if first else self._starter.take()
+        if not first:
+            self._starter.say(f"rank {order['rank']}: a {process.kind} process replaces it")
         worker = Worker(process, order["rank"], order["local_rank"], order["incarnation"])
         self._marks.clear(worker.local_rank)
         self._starter.assign(process, self._environment(order))
@@ -153,7 +155,7 @@ class Node:
         elif message["is"] == "started":
             worker.process.started(message["pid"])
             self._selector.register(worker.process.pidfd or -1, selectors.EVENT_READ, (worker, "end"))
-        elif self.end is None:
+        elif self.end is None and message["is"] != "prepared":
             self._post_about(worker, message)
 
     def _ended(self, worker: Worker) -> None:

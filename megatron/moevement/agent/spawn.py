@@ -30,6 +30,7 @@ class Process:
         pidfd: readable when the process has ended.
         popen: what started it, if it is no fork.
         status: once it is reaped.
+        kind: what it was when it was taken, for people; a half-warm one had not imported everything yet.
     """
 
     channel: Channel
@@ -37,6 +38,7 @@ class Process:
     pidfd: int | None = None
     popen: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     status: int = 0
+    kind: str = "cold"
 
     def started(self, pid: int) -> None:
         """Its pid is known."""
@@ -90,7 +92,7 @@ class Starter:
     def __init__(
         self, kind: str, script: Sequence[str], preload: Sequence[str], marks: int, say: Callable[[str], None]
     ) -> None:
-        self._kind, self._script, self._preload, self._marks, self._say = kind, tuple(script), preload, marks, say
+        self._kind, self._script, self._preload, self._marks, self.say = kind, tuple(script), preload, marks, say
         self._idle: list[Process] = []
         # A forked worker's parent ends at once; the agent inherits it and hears of its end like any parent.
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -110,18 +112,21 @@ class Starter:
         """A process for a replacement, as quickly as this kind can."""
         for idle in self._idle:
             if idle.popen is not None and idle.popen.poll() is not None:
-                self._say(f"an idle {self._kind} process has ended (status {idle.popen.returncode}); starting cold")
+                self.say(f"an idle {self._kind} process has ended (status {idle.popen.returncode}); starting cold")
                 self.close()
                 self._kind = "cold"
                 break
         if not self._idle:
             return self._execute("once", ())
         if self._kind == "warm":
-            return self._idle.pop(0)
+            process = self._idle.pop(0)
+            # One that is half-way is still the quickest.
+            process.kind = "warm" if process.channel.pending else "half-warm"
+            return process
         channel, other = Channel.pair()
         with other:
             self._idle[0].channel.send({"is": "fork"}, (other.fileno(),))
-        return Process(channel)
+        return Process(channel, kind="forked")
 
     def assign(self, process: Process, environment: Mapping[str, str]) -> None:
         """Has an unassigned process become the worker with this environment."""

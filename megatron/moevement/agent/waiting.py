@@ -14,11 +14,12 @@ from megatron.moevement.agent import gloo_waits
 
 _COLLECTIVES = (os.path.dirname(torch.distributed.__file__) + os.sep, gloo_waits.__file__)
 # The handle of an asynchronous collective is waited for in native code, which leaves no frame of torch.distributed.
-_WAITING_CALL = re.compile(r"\.(wait|synchronize)\(.*\)\s*$", re.DOTALL)
+# With NCCL the host waits where it waits for the device: for a stream, an event, or a value.
+_WAITING_CALL = re.compile(r"[._](wait|synchronize)\(.*\)\s*$|\.(item|tolist|cpu)\(\)\s*$", re.DOTALL)
 
 
 def waits_for_ranks(thread: int | None) -> bool:
-    """Whether the thread is in a call of torch.distributed, or in `handle.wait()` itself.
+    """Whether the thread is in a call of torch.distributed, in `handle.wait()` itself, or waits for the device.
 
     A wait for something else that is spelled in the same way counts too: then a hang is taken for a wait, and
     ends with the collective time-out of the other ranks.

@@ -36,6 +36,8 @@ def main(argv: list[str]) -> None:
     sys.path[0] = os.path.dirname(os.path.abspath(script))
     for name in preload:
         importlib.import_module(name)
+    if preload and mode == "once":
+        channel.send({"is": "prepared"})
     if mode == "fork":
         # Children neither look through what is imported when they collect garbage, nor copy its pages.
         gc.collect()

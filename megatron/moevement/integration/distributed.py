@@ -26,6 +26,17 @@ from megatron.moevement.training_config import TrainingConfig
 # Stages get seeds this far apart, as in Megatron, so that their layers do not start alike.
 SEED_DISTANCE_OF_STAGES = 100
 
+# Survivors abort NCCL's communicators themselves and go on.
+_NCCL_UNDER_THE_AGENT = {
+    # Its watchdogs would end the process.
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    # A watchdog that finds an error waits five times the time for a dump, 75 s by default, and whoever leaves the group
+    # waits for the watchdog.
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
@@ -93,9 +104,8 @@ def start(config: TrainingConfig, link: WorkerLink | None = None) -> Topology:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
     if link is not None:
-        # Survivors abort NCCL's communicators themselves and go on; its watchdog would end their process instead.
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-        os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
+        for name, value in _NCCL_UNDER_THE_AGENT.items():
+            os.environ.setdefault(name, value)
     if link is not None and link.replacement:
         with groups.without_communication():
             dist.init_process_group(groups.FAKE, store=groups.nowhere(), rank=link.rank, world_size=link.world_size)
@@ -111,7 +121,21 @@ def connect(config: TrainingConfig, store: Store | None) -> dist.ProcessGroup:
     timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
     rank = int(os.environ.get("RANK", "0"))
     dist.init_process_group(config.backend, store=store, rank=rank, world_size=config.world_size, timeout=timeout)
-    return initialize_groups(config)
+    control = initialize_groups(config)
+    if config.backend == "nccl":
+        _make_pipeline_communicators()
+    return control
+
+
+def _make_pipeline_communicators() -> None:
+    """NCCL makes a group's communicator in its first exchange, for which it needs all ranks of the group.
+
+    In a recovery the first exchange may be that of two stages which replay together while the others wait.
+    """
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    if pipeline.size() > 1:
+        dist.all_reduce(torch.zeros(1, device=torch.cuda.current_device()), group=pipeline)
+        torch.cuda.synchronize()
 
 
 def topology_of(device: torch.device, control: dist.ProcessGroup) -> Topology:

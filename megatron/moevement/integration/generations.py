@@ -62,7 +62,11 @@ class Generations:
         return self._link.failed
 
     def leave(self) -> None:
-        """Gives up whatever of an interrupted iteration still waits for the groups."""
+        """Gives up whatever of an interrupted iteration still waits for the groups.
+
+        Raises:
+            RuntimeError: the device can't be used any more; this process must be replaced.
+        """
         # Contexts of the schedule that were never left act when they are collected, which must not be later on.
         gc.collect()
         for chunk in self._job.chunks:
@@ -74,6 +78,7 @@ class Generations:
                 # in its first one, so those that share its buckets begin anew.
                 bucket_group.golden_per_param_grad_ready_counts, bucket_group.is_first_batch = {}, True
                 bucket_group.is_last_microbatch = True
+        groups.abort()
 
     def join(self) -> None:
         """Waits for the next generation and makes its groups. Collective over the world.

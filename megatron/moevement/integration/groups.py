@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -64,19 +65,81 @@ def free_from_collectives(backend: str, shut_down_sockets: Callable[[], object])
 
     gloo has no abort, so its sockets are shut. NCCL's communicators are aborted.
     """
+    # First, so that NCCL's watchdogs are told to end before they can take shut sockets for errors of their own.
+    aborting = abort_all(_communicators()) if backend == "nccl" else []
     shut_down_sockets()
-    if backend == "nccl":
-        for group in list(dist.distributed_c10d._world.pg_map):
-            with contextlib.suppress(RuntimeError):
-                group._get_backend(torch.device("cuda")).abort()
+    for thread in aborting:
+        thread.join()
+
+
+def abort_all(communicators: Sequence[Any]) -> list[threading.Thread]:
+    """Aborts all at once, each on a thread, which are returned.
+
+    An abort frees device memory, which waits for whatever runs on the device: one after another, the first would wait
+    for the kernels of those that are not aborted yet.
+    """
+
+    def abort(communicator: Any) -> None:
+        # One that is aborted already, or being made.
+        with contextlib.suppress(RuntimeError):
+            communicator.abort()
+
+    threads = [
+        threading.Thread(target=abort, args=(one,), name="moevement-abort", daemon=True) for one in communicators
+    ]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def _communicators() -> list[Any]:
+    """NCCL's part of every group."""
+    # A copy: the main thread may be making or destroying groups.
+    known, found = list(dist.distributed_c10d._world.pg_map.items()), []
+    for group, (backend, _) in known:
+        with contextlib.suppress(RuntimeError):
+            found += [group._get_backend(torch.device("cuda"))] if backend == "nccl" else []
+    return found
+
+
+def abort() -> None:
+    """Ends whatever NCCL still runs for the groups there are; called from the main thread.
+
+    Raises:
+        RuntimeError: the device can't be used any more; this process must be replaced.
+    """
+    if not dist.is_initialized():
+        return
+    for thread in abort_all(_communicators()):
+        thread.join()
+    _end_batches()
+    if torch.cuda.is_initialized():
+        # What ran behind the aborted kernels ends too, before any of its memory is written again.
+        torch.cuda.synchronize()
 
 
 def leave() -> None:
-    """Gives up all groups there are, also half-made ones. References to them stay where they are, for `rebind`."""
+    """Gives up all groups there are, also half-made ones. References to them stay where they are, for `rebind`.
+
+    Raises:
+        RuntimeError: see `abort`.
+    """
+    # An orderly end would wait for kernels that wait for the lost rank.
+    abort()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def _end_batches() -> None:
+    """Closes batches of sends and receives that an error has interrupted.
+
+    An open batch would swallow everything that this thread gives to NCCL from then on.
+    """
+    for group in list(dist.distributed_c10d._world.pg_coalesce_state):
+        with contextlib.suppress(RuntimeError):
+            group._end_coalescing(torch.device("cuda"))
 
 
 def keep() -> None:

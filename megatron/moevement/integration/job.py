@@ -74,6 +74,7 @@ class TrainingJob:
         agree_to_update: called between the two; returns when every rank has settled, so that a failure finds ranks at
             most one update apart and each of them able to follow.
         history: outcomes of the iterations that this process has run.
+        end: Step at which this run ends; None until training has begun.
         pristine: whether operators are still as they were built: nothing has been loaded or updated.
     """
 
@@ -89,6 +90,7 @@ class TrainingJob:
     decided: IterationOutcome | None = None
     agree_to_update: Callable[[], None] = _go_ahead
     history: list[IterationOutcome] = dataclasses.field(default_factory=list)
+    end: int | None = None
     pristine: bool = True
 
     @property

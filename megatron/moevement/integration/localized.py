@@ -67,6 +67,8 @@ class LocalizedTraining:
         self._generations = Generations(job, link, users)
         # Whether job.step is a Step that this rank's state is of.
         self._clean = False
+        # Whether this process may still compile what it runs, for longer than others may be kept waiting.
+        self._young = job.topology.device.type == "cuda"
         # Ranks whose processes were replaced since training last went on.
         self._replaced: set[int] = {link.rank} if link.replacement else set()
         job.agree_to_update = self._agree_to_update
@@ -122,7 +124,7 @@ class LocalizedTraining:
 
     def before_forward(self, iteration: int) -> None:
         """Starts the slot, remembers how the iteration begins, and has its transcript written."""
-        self._link.beat("forward and backward", iteration)
+        self._link.beat("forward and backward", iteration, resting=self._young)
         self._sparse.before_forward(iteration)
         self._state.remember(iteration)
         retention = self._manager.retention
@@ -133,19 +135,20 @@ class LocalizedTraining:
 
     def before_optimizer_step(self, iteration: int) -> None:
         """The fence."""
-        self._link.beat("gradients", iteration)
+        self._link.beat("gradients", iteration, resting=self._young)
         self._sparse.before_optimizer_step(iteration)
 
     def after_optimizer_step(self, iteration: int, outcome: IterationOutcome) -> None:
         """Hands over the record; what follows may write files."""
         self._link.beat("end of the iteration", iteration, resting=True)
         self._sparse.after_optimizer_step(iteration, outcome)
+        self._young = False
         self._link.beat("between iterations", iteration)
 
     def _note_progress(self, event: Mapping[str, Any]) -> None:
         """Replays are watched like iterations; loading slots may take long."""
         if event["kind"] == "recovery_phase":
-            self._link.beat(event["phase"], resting=event["phase"] == Phase.LOAD)
+            self._link.beat(event["phase"], resting=self._young or event["phase"] == Phase.LOAD)
 
     def _agree_to_update(self) -> None:
         self._link.beat("update", self._job.step)
@@ -196,20 +199,23 @@ class LocalizedTraining:
         """The barrier before training goes on; whoever displays something learns what the others did."""
         phases = self._phases
         injection.reached("meet")
-        stood = self._agreement.gather((phases.seconds, phases.replayed, phases.total_seconds))
+        job = self._job
+        stood = self._agreement.gather((phases.seconds, phases.replayed, phases.total_seconds, job.end))
+        # A process that took over a rank doesn't know where the run ends.
+        job.end = max((end for *_, end in stood if end is not None), default=None)
         longest: dict[str, float] = {}
-        for seconds, _, _ in stood:
+        for seconds, *_ in stood:
             for phase in seconds.keys() - {Phase.MEET}:
                 longest[phase] = max(longest.get(phase, 0.0), seconds[phase])
         self._events.emit(
             "resumed",
             generation=self._link.generation,
-            step=self._job.step,
+            step=job.step,
             source=decision.source,
             scope=scope,
-            replayed=max(replayed for _, replayed, _ in stood),
+            replayed=max(replayed for _, replayed, *_ in stood),
             # A process that took over a rank has seen only a part of it.
-            seconds=max(total for _, _, total in stood),
+            seconds=max(total for _, _, total, _ in stood),
             phase_seconds=phases.seconds,
             longest_phase_seconds=longest,
         )

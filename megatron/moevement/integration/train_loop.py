@@ -42,17 +42,25 @@ class NoHooks:
 def train(job: TrainingJob, hooks: Hooks) -> list[IterationOutcome]:
     """Train from `job.step` to the last iteration, or to the exit interval.
 
+    Where training goes on after a failure it ends where it would have ended, also if it was there already.
+
     Returns:
         the outcome of every iteration that ran here.
     """
+    if job.end is None:
+        job.end = _end_of_run(job)
     for chunk in job.chunks:
         chunk.train()
-    while job.step < job.config.train_iters:
+    while job.step < job.end:
         train_iteration(job, hooks)
-        if job.config.exit_interval is not None and job.step % job.config.exit_interval == 0:
-            break
     job.gather_parameters()
     return job.history
+
+
+def _end_of_run(job: TrainingJob) -> int:
+    """Step at which a run ends that begins at `job.step`."""
+    last, interval = job.config.train_iters, job.config.exit_interval
+    return last if interval is None else min(last, (job.step // interval + 1) * interval)
 
 
 def train_iteration(job: TrainingJob, hooks: Hooks) -> IterationOutcome:

@@ -26,12 +26,13 @@ class Outcome:
         source: "local", or what all ranks rolled back to; empty if nothing was decided.
         scope: stages that rolled back.
         replays: iterations that the decision asked to replay.
-        replayed: iterations that were replayed.
+        replayed: iterations that were replayed until training went on, or until the next kill.
+        replayed_after: iterations that were replayed after further kills in its recovery.
         target: Step at which training was to go on.
         detect_seconds: from the kill to the first survivor that noticed it; None where all stood still already.
         join_seconds: from then to the decision: a process for the killed rank, and groups.
-        replay_seconds: from the decision to training again.
-        back_seconds: from the kill to training again; None if a further kill came first.
+        replay_seconds: from the decision to training again; None if a further kill came first.
+        back_seconds: from the kill to training again, further kills or not.
     """
 
     rank: int
@@ -42,11 +43,17 @@ class Outcome:
     scope: tuple[int, ...] = ()
     replays: int = 0
     replayed: int = 0
+    replayed_after: int = 0
     target: int = 0
     detect_seconds: float | None = None
     join_seconds: float | None = None
     replay_seconds: float | None = None
     back_seconds: float | None = None
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a further kill came before training went on."""
+        return self.back_seconds is not None and self.replay_seconds is None
 
 
 def outcomes(events: Sequence[Event], kills: Sequence[Kill], found: Sequence[LocalRecovery]) -> list[Outcome]:
@@ -68,18 +75,24 @@ def _outcome(events: Sequence[Event], kill: Kill, found: Sequence[LocalRecovery]
     own = [e for e in events if kill.time < e["time"] <= until]
     noticed = next((float(e["time"]) for e in own if e["kind"] == "failure_noticed"), None)
     decision = next((e for e in reversed(recovery.decisions) if kill.time < e["time"] <= until), None)
-    replayed = {e["iteration"] for e in own if e["kind"] == "recovery_phase" and e["phase"] in REPLAYING and e["done"]}
+    rest = [e for e in events if until < e["time"] <= recovery.ended]
     last = until == recovery.ended
     base = Outcome(
         kill.rank,
         finished,
         kill.in_recovery,
         index,
-        replayed=len(replayed),
+        replayed=_replayed(own),
+        replayed_after=_replayed(rest),
         detect_seconds=None if noticed is None else noticed - kill.time,
-        back_seconds=recovery.ended - kill.time if last else None,
+        back_seconds=recovery.ended - kill.time,
     )
     return base if decision is None else _decided(base, kill, noticed, decision, recovery.ended if last else None)
+
+
+def _replayed(events: Sequence[Event]) -> int:
+    done = (e for e in events if e["kind"] == "recovery_phase" and e["phase"] in REPLAYING and e["done"])
+    return len({e["iteration"] for e in done})
 
 
 def _decided(base: Outcome, kill: Kill, noticed: float | None, decision: Event, ended: float | None) -> Outcome:
@@ -107,13 +120,21 @@ def recovery_table(found: Sequence[Outcome]) -> Table:
             f"rank {item.rank}",
             "recovery" if item.in_recovery else f"iteration {item.finished + 1}",
             _scope_text(item),
-            f"{item.replayed} of {max(item.replays, item.replayed)}" if item.source else "-",
+            _replays_text(item),
             _seconds(item.detect_seconds),
             _seconds(item.join_seconds),
-            _seconds(item.replay_seconds),
-            _seconds(item.back_seconds) if item.back_seconds is not None else "killed",
+            "killed" if item.interrupted else _seconds(item.replay_seconds),
+            _seconds(item.back_seconds),
         )
+    if any(item.replayed_after for item in found):
+        table.caption, table.caption_justify = "a + b: b iterations after a further kill in the recovery", "left"
     return table
+
+
+def _replays_text(item: Outcome) -> str:
+    if item.replayed_after:
+        return f"{item.replayed} + {item.replayed_after}"
+    return f"{item.replayed} of {max(item.replays, item.replayed)}" if item.source else "-"
 
 
 def _scope_text(item: Outcome) -> str:

@@ -6,8 +6,10 @@ from megatron.moevement.agent.channel import Channel
 def test_messages_arrive_whole_and_in_order() -> None:
     mine, other = Channel.pair()
     theirs = Channel.adopt(other.detach())
+    assert not theirs.pending
     long = {"environment": {"A": "x" * 50_000}}
     assert mine.send({"do": "open", "generation": 1}) and mine.send(long)
+    assert theirs.pending
     assert theirs.receive() == ({"do": "open", "generation": 1}, [])
     assert theirs.receive() == (long, [])
     mine.close()

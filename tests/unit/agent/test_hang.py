@@ -7,24 +7,40 @@ from megatron.moevement.agent.marks import Mark
 
 WAITS = Mark(5, 9.0, 2, 10, False, "forward", True)
 SILENT = dataclasses.replace(WAITS, waiting=False)
+YOUNG = Mark(0, 1e6, 0, -1, False, "", False)
+
+
+def judge(*marks: Mark, stood: float = 50.0) -> frozenset[int]:
+    """Of ranks in generation 2; 8 s of silence and 100 s of a start are too long."""
+    return hung(dict(enumerate(marks)), 2, 8.0, dict.fromkeys(range(len(marks)), stood), 100.0)
 
 
 def test_who_is_silent_while_others_wait_hangs() -> None:
-    assert hung({0: WAITS, 1: SILENT, 2: WAITS}, 2, 8.0) == {1}
-    assert hung({0: SILENT, 1: SILENT, 2: WAITS}, 2, 8.0) == {0, 1}
+    assert judge(WAITS, SILENT, WAITS) == {1}
+    assert judge(SILENT, SILENT, WAITS) == {0, 1}
 
 
 @pytest.mark.parametrize(
     "change", [{"age": 7.9}, {"beats": 0}, {"generation": 1}, {"resting": True}, {"waiting": True}]
 )
 def test_an_excuse(change: dict[str, float]) -> None:
-    assert not hung({0: WAITS, 1: dataclasses.replace(SILENT, **change), 2: WAITS}, 2, 8.0)
+    assert not judge(WAITS, dataclasses.replace(SILENT, **change), WAITS)
 
 
 def test_somebody_at_work_excuses_everybody() -> None:
-    assert not hung({0: WAITS, 1: SILENT, 2: dataclasses.replace(SILENT, age=0.1)}, 2, 8.0)
+    assert not judge(WAITS, SILENT, dataclasses.replace(SILENT, age=0.1))
+    assert not judge(WAITS, SILENT, YOUNG)
 
 
 def test_nobody_waits() -> None:
-    assert not hung({0: SILENT, 1: SILENT}, 2, 8.0)
-    assert not hung({}, 2, 8.0)
+    assert not judge(SILENT, SILENT)
+    assert not judge()
+
+
+@pytest.mark.parametrize("mark", [YOUNG, dataclasses.replace(SILENT, generation=1, age=200.0, resting=True)])
+def test_who_makes_no_first_mark_hangs_too(mark: Mark) -> None:
+    assert not judge(WAITS, mark, stood=99.0)
+    assert judge(WAITS, mark, stood=101.0) == {1}
+    assert judge(SILENT, mark, WAITS, stood=101.0) == {0, 1}
+    # The agent itself was stopped meanwhile.
+    assert not judge(WAITS, dataclasses.replace(mark, age=1.0), stood=101.0)

@@ -258,3 +258,17 @@ def test_who_is_told_to_stop_stops_all() -> None:
     assert not cluster.taken()
     cluster.head.handle({"is": "gone", "agent": 1})
     assert list(cluster.head.agents) == [0]
+
+
+def test_a_worker_that_never_begins_is_killed() -> None:
+    cluster = Cluster(limits=Limits(start_seconds=20))
+    cluster.taken()
+    marks = {0: dataclasses.replace(FRESH, waiting=True), 1: dataclasses.replace(FRESH, beats=0, age=1e6)}
+    cluster.now = 19.0
+    cluster.tick(marks=marks)
+    assert not cluster.taken()
+    cluster.now = 21.0
+    cluster.tick(marks=marks)
+    ((_, order),) = cluster.taken()
+    assert (order["do"], order["rank"]) == ("kill", 1)
+    assert order["why"].startswith("no sign of work within 20 s of its start (--start-timeout-seconds)")

@@ -14,6 +14,8 @@ class Handle:
         self._lock = threading.Lock()
         self._lock.acquire()
         self.wait = self._lock.acquire
+        # As torch.cuda.synchronize() does in the end, by a name like this, and as values of the device are read.
+        self.cuda_synchronize = self.item = self.tolist = self._lock.acquire
         self.free = self._lock.release
 
 
@@ -37,6 +39,12 @@ def test_a_handle_is_waited_for() -> None:
     assert looked_at(lambda: handle.wait(), handle.free, True)
     nested = Handle()
     assert looked_at(lambda: [nested.wait(-1)], nested.free, True)
+
+
+def test_the_device_is_waited_for() -> None:
+    for work in (lambda one: one.cuda_synchronize(), lambda one: one.item() + 1, lambda one: [one.tolist()]):
+        handle = Handle()
+        assert looked_at(lambda work=work, handle=handle: work(handle), handle.free, True)  # type: ignore[misc]
 
 
 def test_other_calls_are_none() -> None:

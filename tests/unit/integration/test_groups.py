@@ -1,6 +1,7 @@
 """New process groups under a job that stays: every reference is found and replaced, and training goes on."""
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -103,3 +104,40 @@ def test_a_job_is_built_without_communication(build: Callable[..., TrainingJob])
         dist.barrier(group=control)
     groups.leave()
     job.topology = distributed.topology_of(job.topology.device, distributed.connect(job.config, groups.nowhere()))
+
+
+class Communicator:
+    """Its abort ends when all of them are being aborted, as where each waits for the device."""
+
+    def __init__(self, together: threading.Barrier) -> None:
+        self._together = together
+
+    def abort(self) -> None:
+        """As NCCL's."""
+        self._together.wait(30)
+        raise RuntimeError("aborted already")
+
+
+def test_communicators_are_aborted_at_once() -> None:
+    together = threading.Barrier(3)
+    for thread in groups.abort_all([Communicator(together) for _ in range(3)]):
+        thread.join()
+    assert not together.broken
+
+
+class Batch(Group):
+    """A group in whose batch of sends and receives an error was raised."""
+
+    def __init__(self) -> None:
+        self.ended: list[str] = []
+
+    def _end_coalescing(self, device: Any) -> None:
+        self.ended.append(device.type)
+        raise RuntimeError("NCCL communicator was aborted")
+
+
+def test_an_interrupted_batch_is_closed(build: Callable[..., TrainingJob]) -> None:
+    job, batch = build(), Batch()
+    dist.distributed_c10d._world.pg_coalesce_state[batch] = []  # type: ignore[index]
+    assert renew(job) > 0
+    assert batch.ended == ["cuda"]

@@ -24,11 +24,12 @@ def test_what_followed_each_kill() -> None:
     first, nested = _outcomes()
     assert (first.rank, first.finished, first.in_recovery, first.recovery) == (1, 5, False, 0)
     assert (first.source, first.scope, first.target) == ("local", (1,), 5)
-    assert (first.replayed, first.replays, first.back_seconds, first.replay_seconds) == (1, 4, None, None)
+    assert (first.replayed, first.replays, first.replayed_after, first.replay_seconds) == (1, 4, 4, None)
+    assert first.back_seconds == pytest.approx(nested.back_seconds + KILLS[1].time - KILLS[0].time)
     assert first.detect_seconds == pytest.approx(0.1)
     assert first.join_seconds == pytest.approx(1.8)
     assert (nested.rank, nested.in_recovery, nested.scope) == (2, True, (1, 2))
-    assert (nested.replayed, nested.replays) == (4, 4)
+    assert (nested.replayed, nested.replays, nested.replayed_after) == (4, 4, 0)
     assert nested.replay_seconds == pytest.approx(3.9)
     assert nested.back_seconds == pytest.approx(5.0)
 
@@ -47,7 +48,7 @@ def test_tables_fit_into_eighty_columns() -> None:
     with console.capture() as capture:
         console.print(recovery_table(found), verdict_table(comparison, found, processes(local_run())))
     text = capture.get()
-    for words in ("iteration 6", "recovery", "stages 1, 2", "1 of 4", "all, scratch", "killed"):
+    for words in ("iteration 6", "recovery", "stages 1, 2", "1 + 4", "4 of 4", "all, scratch", "killed"):
         assert words in text
     assert "..." not in text
     assert "\u2026" not in text
