@@ -6,3 +6,4 @@ int test_engine();
 int test_schedule();
 int test_region();
 int test_digest();
+int test_leaf_digest();
