@@ -113,7 +113,10 @@ def extension() -> Pybind11Extension:
     print(f"moevement: building the CUDA copy engine with {cuda.library}", file=sys.stderr)
     module.define_macros.append(("MOEVEMENT_WITH_CUDA", "1"))
     if cuda.nvcc is None:
-        print("moevement: no nvcc in this toolkit: small pieces are copied one by one, and digested by threads", file=sys.stderr)
+        print(
+            "moevement: no nvcc in this toolkit: pieces are copied one by one, digested by threads",
+            file=sys.stderr,
+        )
     else:
         module.define_macros.append(("MOEVEMENT_WITH_GATHER", "1"))
     # System headers of the toolkit are not ours to warn about.
