@@ -165,4 +165,4 @@ class Consecutive:
 
     def after_optimizer_step(self, _iteration: int, outcome: Any) -> None:
         """Hands over the record."""
-        self._inner.after_optimizer_step(self._count, outcome)
+        self._inner.after_optimizer_step(self._count, dataclasses.replace(outcome, iteration=self._count))
