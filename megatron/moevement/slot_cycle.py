@@ -170,11 +170,13 @@ class SlotCycle:
         if slot.error:
             self._fail(slot.slot.lease.step, slot.error)
             return
+        threads = "threads" if self._tools.digests is not None else "nobody"
         self._tools.events.emit(
             "slot",
             step=slot.slot.lease.step,
             data_bytes=slot.slot.data_bytes,
             digest_seconds=slot.digest_seconds,
+            digested_by="device" if slot.slot.piece_digests else threads,
             copy_started_time=slot.slot.copy_started_time,
             copy_seconds=slot.slot.copy_seconds,
         )

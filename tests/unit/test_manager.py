@@ -98,12 +98,15 @@ def test_digests_of_the_device_are_verified_by_the_threads(tmp_path: Path, windo
     first.manager.start(None)
     first.train(12).crash()
     assert first.manager.plan is not None and not first.steps("slot_failed")
+    assert {event["digested_by"] for event in first.events if event["kind"] == "slot"} == {"device"}
     measured = first.manager.plan.measured
     assert (measured is None) == (window is not None) and (measured is None or measured.digests_on_device)
     # The next one has no such device: the slots are the same.
     second = Worker(tmp_path, seed=99, window=window, max_window=3)
     assert second.manager.start(None).step == 11
     assert second.train(LAST).state.everything() == undisturbed(LAST)
+    second.crash()
+    assert {event["digested_by"] for event in second.events if event["kind"] == "slot"} == {"threads"}
     first.manager.finish(durable=False)
     assert digests.closed
 
