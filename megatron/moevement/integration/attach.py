@@ -19,6 +19,7 @@ from megatron.moevement.integration.train_loop import Hooks, IterationOutcome
 from megatron.moevement.manager import SparseCheckpointManager
 from megatron.moevement.planning import Surroundings
 from megatron.moevement.schedule.agreement import Agreement
+from megatron.moevement.snapshot import digest_check
 from megatron.moevement.snapshot.bandwidth import Chunks
 from megatron.moevement.training_config import TrainingConfig
 from megatron.moevement.types import IterationRecord, Presence
@@ -143,7 +144,9 @@ def _digests_there(device: torch.device, config: SparseCheckpointConfig) -> bool
     return device.type == "cuda" and config.digest == "on" and build_info().gather
 
 
-def device_digests(device: torch.device, config: SparseCheckpointConfig, state: OperatorState) -> DeviceDigests | None:
+def device_digests(
+    device: torch.device, config: SparseCheckpointConfig, state: OperatorState, engine: CopyEngine
+) -> DeviceDigests | None:
     """What digests slots on the device, with room for the largest; None where threads do it, or nobody.
 
     Raises:
@@ -154,16 +157,19 @@ def device_digests(device: torch.device, config: SparseCheckpointConfig, state: 
     # No slot holds more than everything in full: weights-only has fewer pieces, and smaller ones.
     pieces = [piece for operator in state.table for piece in state.pieces(operator.name, Presence.FULL)]
     pieces += state.start_state(0)[1]
-    limits = {"ranges_limit": max(1, len(pieces)), "bytes_limit": max(1, sum(piece.nbytes for piece in pieces))}
+    room = {
+        "ranges_limit": max(digest_check.RANGES, len(pieces)),
+        "bytes_limit": max(digest_check.BYTES, sum(piece.nbytes for piece in pieces)),
+    }
     try:
-        digests = DeviceDigests("cuda", device.index or 0, **limits)
+        digests = DeviceDigests("cuda", device.index or 0, **room)
+        if digests.device_bytes > _DIGEST_TABLE_BYTES:
+            raise EngineError(
+                f"{len(pieces)} pieces of state need more than {_DIGEST_TABLE_BYTES / MIB:g} MiB for a table"
+            )
+        digest_check.check_device_digests(digests, engine, state)
     except EngineError as error:
-        raise UnsupportedError(f"--sparse-ckpt-digest on: not on {device}: {error}; use host") from error
-    if digests.device_bytes > _DIGEST_TABLE_BYTES:
-        raise UnsupportedError(
-            f"--sparse-ckpt-digest on: {len(pieces)} pieces of state need {digests.device_bytes / MIB:.1f} MiB of "
-            f"device memory, {_DIGEST_TABLE_BYTES / MIB:g} is the limit; use host"
-        )
+        raise UnsupportedError(f"--sparse-ckpt-digest on: no digests by {device}: {error}; use host instead") from error
     return digests
 
 
@@ -209,7 +215,7 @@ def build_manager(
         chunks=chunk_choices(device, config),
         awaited_copies=awaited_copies(job),
     )
-    digests = device_digests(device, config, state)
+    digests = device_digests(device, config, state, engine)
     agreement = Agreement(job.topology.control)
     manager = SparseCheckpointManager(config, state, agreement, engine, events, surroundings, digests)
     return manager, state
