@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
@@ -21,6 +22,7 @@ from megatron.moevement.training_config import FlagSpec, TrainingConfig, field_s
 
 PROGRAM = "pretrain_gpt.py"
 EXIT_USAGE = 2
+_RANK_0_SECONDS = 15.0
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -36,15 +38,16 @@ class OneLineParser(argparse.ArgumentParser):
 def refuse(program: str, message: object, environ: Mapping[str, str] = os.environ) -> NoReturn:
     """Print one error line and exit with status 2.
 
-    What every rank finds or agrees on (a text, a `ConfigError`, a `StoreError`) is printed by rank 0; any other error
-    by each rank that has it.
+    What every rank finds or agrees on (a text, a `ConfigError`, a `StoreError`) is rank 0's to print: its launcher ends
+    the others then. They wait for that, because a launcher that sees one of them end would end rank 0 before it has
+    said anything. Any other error is printed by each rank that has it.
     """
     rank = environ.get("RANK", "0")
-    found_by_all = isinstance(message, (str, ConfigError, StoreError))
-    if rank == "0" or not found_by_all:
-        line = " ".join(str(message).split())
-        where = "" if rank == "0" else f" rank {rank}:"
-        print(f"{program}: error:{where} {line}", file=sys.stderr, flush=True)
+    if rank != "0" and isinstance(message, (str, ConfigError, StoreError)):
+        time.sleep(_RANK_0_SECONDS)
+    line = " ".join(str(message).split())
+    where = "" if rank == "0" else f" rank {rank}:"
+    print(f"{program}: error:{where} {line}", file=sys.stderr, flush=True)
     raise SystemExit(EXIT_USAGE)
 
 

@@ -229,7 +229,10 @@ class Marks:
         """Forgets all of this rank's."""
         for path in self.directory.glob(f"{self._prefix}*"):
             path.unlink(missing_ok=True)
-        # The last one to leave an empty directory removes it.
+
+    def leave(self) -> None:
+        """Forgets them at the end; the last one to leave an empty directory removes it."""
+        self.clear()
         with contextlib.suppress(OSError):
             self.directory.rmdir()
 
@@ -333,7 +336,7 @@ def disarm(forget: bool = False) -> None:
     """
     global _armed
     if _armed is not None and forget:
-        _armed.marks.clear()
+        _armed.marks.leave()
     _armed = None
 
 

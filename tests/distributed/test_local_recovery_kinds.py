@@ -80,7 +80,8 @@ def test_other_jobs_are_as_exact(lab: Lab, tmp_path: Path, shared_memory: Path, 
     campaign = job.run()
     assert_exact(lab, kind.scenario, campaign)
     sources = [recovery.decision["source"] for recovery in campaign.completed()]
-    assert len(sources) >= 6 and set(sources) <= set(kind.sources), [r.decision for r in campaign.recoveries()]
+    told = "\n".join(json.dumps(recovery.decision) for recovery in campaign.recoveries())
+    assert len(sources) >= 6 and set(sources) <= set(kind.sources), told
 
 
 SIMPLE = Layout(3, False, "rolling").scenario(16)

@@ -96,12 +96,17 @@ def test_a_bad_world_size_is_refused(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize("message", ["text", ConfigError("text")])
-def test_only_rank_zero_prints_what_all_find(message: object, capsys: pytest.CaptureFixture[str]) -> None:
-    for rank in ("0", "1"):
+def test_what_all_find_is_left_to_rank_zero_for_a_while(
+    message: object, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited = list[str]()
+    monkeypatch.setattr(arguments.time, "sleep", lambda seconds: waited.append(f"{seconds} {capsys.readouterr().err}"))
+    for rank in ("1", "0"):
         with pytest.raises(SystemExit) as caught:
             arguments.refuse("program", message, {"RANK": rank})
         assert caught.value.code == 2
-    assert capsys.readouterr().err == "program: error: text\n"
+    assert waited == ["15.0 "]
+    assert capsys.readouterr().err == "program: error: rank 1: text\nprogram: error: text\n"
 
 
 def test_a_rank_prints_what_it_alone_finds(capsys: pytest.CaptureFixture[str]) -> None:

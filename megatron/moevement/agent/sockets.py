@@ -16,7 +16,9 @@ _CONNECT_SECONDS = 1.0
 
 
 def shut_down_sockets(keep_ports: Collection[int] = ()) -> int:
-    """Shuts every connected TCP socket of this process, except where either end has one of the given ports.
+    """Shuts every connected TCP socket of this process for reading, except where either end has one of the given ports.
+
+    Not for writing: gloo loses an operation whose write fails before its thread has seen the end of the connection.
 
     Args:
         keep_ports: ports of connections that stay, such as that of a store.
@@ -32,7 +34,7 @@ def shut_down_sockets(keep_ports: Collection[int] = ()) -> int:
             try:
                 ports = (connection.getpeername()[1], connection.getsockname()[1])
                 if not any(port in keep_ports for port in ports):
-                    connection.shutdown(socket.SHUT_RDWR)
+                    connection.shutdown(socket.SHUT_RD)
                     count += 1
             except OSError:
                 pass  # a listening socket, or one that its owner or its peer closes at this moment

@@ -10,7 +10,9 @@ from types import FrameType
 
 import torch.distributed
 
-_COLLECTIVES = os.path.dirname(torch.distributed.__file__) + os.sep
+from megatron.moevement.agent import gloo_waits
+
+_COLLECTIVES = (os.path.dirname(torch.distributed.__file__) + os.sep, gloo_waits.__file__)
 # The handle of an asynchronous collective is waited for in native code, which leaves no frame of torch.distributed.
 _WAITING_CALL = re.compile(r"\.(wait|synchronize)\(.*\)\s*$", re.DOTALL)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron.moevement.agent.gloo_waits import GlooWaits
 from megatron.moevement.agent.link import WorkerLink
 from megatron.moevement.agent.sockets import shut_down_sockets
 from megatron.moevement.errors import PeerLost
@@ -39,6 +40,9 @@ class Generations:
         # What is there now stays: collections of the rest are a matter of milliseconds then.
         gc.collect()
         gc.freeze()
+        self._waits = GlooWaits(lambda: link.failed)
+        if job.config.backend == "gloo":
+            self._waits.install()
         link.watch(lambda: groups.free_from_collectives(job.config.backend, shut_down_sockets))
 
     def _now(self) -> dict[str, Any]:
@@ -58,7 +62,7 @@ class Generations:
         return self._link.failed
 
     def leave(self) -> None:
-        """Gives up the groups and whatever of an interrupted iteration still waits for them."""
+        """Gives up whatever of an interrupted iteration still waits for the groups."""
         # Contexts of the schedule that were never left act when they are collected, which must not be later on.
         gc.collect()
         for chunk in self._job.chunks:
@@ -70,7 +74,6 @@ class Generations:
                 # in its first one, so those that share its buckets begin anew.
                 bucket_group.golden_per_param_grad_ready_counts, bucket_group.is_first_batch = {}, True
                 bucket_group.is_last_microbatch = True
-        groups.leave()
 
     def join(self) -> None:
         """Waits for the next generation and makes its groups. Collective over the world.
@@ -79,11 +82,14 @@ class Generations:
             JobEnded: the job ends.
             PeerLost, RuntimeError: another rank was lost meanwhile; leave, and join again.
         """
-        # A process that took over a rank has groups that don't communicate.
-        groups.leave()
         # While the others are waited for.
         found = groups.holders([self._job, *self._users], self._held)
         self._link.next_generation()
+        # Only now, when everybody has left: to close a connection is to fail the one who writes to it.
+        if self._waits.lost:
+            self._waits.lost = 0
+            groups.keep()
+        groups.leave()
         self._link.beat("connects")
         control = distributed.connect(self._job.config, self._link.store())
         new = {**groups.named_groups(), _CONTROL: control}

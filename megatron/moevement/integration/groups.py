@@ -7,6 +7,7 @@ made anew; `holders` finds every reference to an old group in the job, and `rebi
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -76,6 +77,12 @@ def leave() -> None:
     if dist.is_initialized():
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def keep() -> None:
+    """Keeps the groups there are from ever being destroyed: that would wait for threads that a lost wait holds."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 def holders(roots: Sequence[Any], groups: Mapping[str, Any]) -> list[Any]:

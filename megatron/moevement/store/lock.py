@@ -10,6 +10,7 @@ from megatron.moevement.errors import StoreError
 # A killed job's last workers may take this long to end before those of the next one find the lock free.
 WAIT_SECONDS = 10.0
 _POLL_SECONDS = 0.05
+_ATTEMPTS = 100
 # Record locks belong to the process, so a process may ask again; they end with it, or when a descriptor is closed.
 _held: dict[Path, int] = {}
 
@@ -29,8 +30,7 @@ def hold(slots: Path, wait_seconds: float = WAIT_SECONDS) -> None:
     if path in _held:
         return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = _open(path)
     except OSError as error:
         raise StoreError(
             f"--sparse-ckpt-dir {path.parent}: {error.strerror}; choose a directory that can be written"
@@ -45,6 +45,19 @@ def hold(slots: Path, wait_seconds: float = WAIT_SECONDS) -> None:
             )
         time.sleep(_POLL_SECONDS)
     _held[path] = descriptor
+
+
+def _open(path: Path) -> int:
+    attempts = 0
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except (FileNotFoundError, FileExistsError):
+            # A rank that leaves the directory empty removes it, which may have been just now.
+            attempts += 1
+            if attempts == _ATTEMPTS:
+                raise
 
 
 def release(slots: Path, remove: bool) -> None:

@@ -105,6 +105,16 @@ def test_another_state_is_refused(build: Build) -> None:
         state.load([short])
 
 
+def test_all_buffers_are_there_under_their_names(build: Build) -> None:
+    job = build(moe_router_enable_expert_bias=True, moe_router_score_function="sigmoid")
+    # One that is made later, where there was none.
+    job.chunks[0].register_buffer("late", None)
+    state = OperatorState(job, CopyEngine())
+    job.chunks[0].late = torch.zeros(3)
+    wanted = {f"chunk{i}.{name}" for i, chunk in enumerate(job.chunks) for name, _ in chunk.named_buffers()}
+    assert {info.name for info in state.start_state(0)[0].buffers} == wanted and "chunk0.late" in wanted
+
+
 def complete(rank: int, store: str) -> None:
     """Every replica has only its own part of each tensor, and gets the others'."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=REPLICAS)

@@ -1,8 +1,10 @@
 """Slots that a running process uses are refused to every other, and to nobody once it is gone."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -49,3 +51,22 @@ def test_a_directory_that_cannot_be_made_names_the_flag(tmp_path: Path) -> None:
         hold(tmp_path / "file" / "rank00000.slots", 0.0)
     with pytest.raises(StoreError, match="File name too long"):
         hold(tmp_path / ("a" * 300) / "rank00000.slots", 0.0)
+
+
+def test_a_directory_that_others_make_and_remove_meanwhile(tmp_path: Path) -> None:
+    slots, ended = tmp_path / "my-run" / "rank00000.slots", threading.Event()
+
+    def leave_it_empty() -> None:
+        while not ended.is_set():
+            with contextlib.suppress(OSError):
+                slots.parent.rmdir()
+
+    remover = threading.Thread(target=leave_it_empty)
+    remover.start()
+    try:
+        for _ in range(300):
+            hold(slots, 0.0)
+            release(slots, remove=True)
+    finally:
+        ended.set()
+        remover.join()
