@@ -20,7 +20,7 @@ from setuptools import find_namespace_packages, setup
 AVX2 = "csrc/digest_avx2.cpp"
 SOURCES = sorted({str(path) for path in Path("csrc").glob("*.cpp")} - {AVX2})
 HEADERS = sorted(str(path) for path in [*Path("csrc").glob("*.h"), *Path("csrc/third_party").glob("*/*.h")])
-GATHER = "csrc/gather.cu"
+KERNELS = sorted(str(path) for path in Path("csrc").glob("*.cu"))
 # Compiled for these as far as the toolkit knows them; the newest also travels as PTX, for GPUs that come later.
 ARCHITECTURES = (80, 90, 100)
 
@@ -77,7 +77,7 @@ def gencode(nvcc: Path) -> list[str]:
 
 
 class build_core(build_ext):
-    """Compiles one file for AVX2, and the gather kernel with nvcc, beside what setuptools does."""
+    """Compiles one file for AVX2, and the kernels with nvcc, beside what setuptools does."""
 
     def build_extension(self, ext: Pybind11Extension) -> None:
         """Builds the extension module."""
@@ -87,11 +87,13 @@ class build_core(build_ext):
         ext.extra_objects += self.compiler.compile([AVX2], output_dir=self.build_temp, extra_postargs=options)
         cuda = find_cuda()
         if cuda is not None and cuda.nvcc is not None:
-            target = Path(self.build_temp) / "gather.o"
-            target.parent.mkdir(parents=True, exist_ok=True)
+            folder = Path(self.build_temp)
+            folder.mkdir(parents=True, exist_ok=True)
             flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", *gencode(cuda.nvcc)]
-            subprocess.run([cuda.nvcc, *flags, "-c", GATHER, "-o", str(target)], check=True)
-            ext.extra_objects.append(str(target))
+            for kernel in KERNELS:
+                target = str(folder / f"{Path(kernel).stem}.cu.o")
+                subprocess.run([cuda.nvcc, *flags, "-c", kernel, "-o", target], check=True)
+                ext.extra_objects.append(target)
         super().build_extension(ext)
 
 
@@ -100,7 +102,7 @@ def extension() -> Pybind11Extension:
     module = Pybind11Extension(
         "moevement_ext._C",
         sources=SOURCES,
-        depends=[*HEADERS, AVX2, GATHER],
+        depends=[*HEADERS, AVX2, *KERNELS],
         cxx_std=17,
         extra_compile_args=["-O3", "-Wall", "-Wextra"],
     )
@@ -111,7 +113,10 @@ def extension() -> Pybind11Extension:
     print(f"moevement: building the CUDA copy engine with {cuda.library}", file=sys.stderr)
     module.define_macros.append(("MOEVEMENT_WITH_CUDA", "1"))
     if cuda.nvcc is None:
-        print("moevement: no nvcc in this toolkit: small pieces are copied one by one, not gathered", file=sys.stderr)
+        print(
+            "moevement: no nvcc in this toolkit: pieces are copied one by one, digested by threads",
+            file=sys.stderr,
+        )
     else:
         module.define_macros.append(("MOEVEMENT_WITH_GATHER", "1"))
     # System headers of the toolkit are not ours to warn about.

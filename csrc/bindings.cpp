@@ -55,5 +55,6 @@ PYBIND11_MODULE(_C, module) {
         const char* version = moevement::cuda_version();
         return py::make_tuple(version != nullptr, version, compiler, moevement::gather_built());
       },
-      "(built with CUDA, CUDA runtime version or None, compiler, whether small pieces are gathered on the GPU).");
+      "(built with CUDA, CUDA runtime version or None, compiler, whether small pieces are gathered, and slots can be "
+      "digested, on the GPU).");
 }

@@ -3,8 +3,6 @@
 
 #ifdef MOEVEMENT_WITH_CUDA
 
-#include <cuda_runtime_api.h>
-
 #include <algorithm>
 #include <memory>
 #include <optional>
@@ -13,83 +11,11 @@
 #include <utility>
 #include <vector>
 
+#include "cuda_support.h"
 #include "gather.h"
 
 namespace moevement {
 namespace {
-
-void check(cudaError_t code, const char* call, const char* here) {
-  if (code == cudaSuccess) return;
-  // Clears the error of this thread when it is not sticky, so that the next call does not report it again.
-  (void)cudaGetLastError();
-  throw EngineError(std::string(call) + ": " + cudaGetErrorName(code) + ", " + cudaGetErrorString(code) + here);
-}
-
-#define MOEVEMENT_CUDA(call) check((call), #call, MOEVEMENT_HERE)
-
-// Callers keep their own current device; the engine's differs from it on a node with several GPUs.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int index) {
-    MOEVEMENT_CUDA(cudaGetDevice(&before_));
-    if (before_ != index) MOEVEMENT_CUDA(cudaSetDevice(index));
-    changed_ = before_ != index;
-  }
-  ~DeviceGuard() {
-    if (changed_) (void)cudaSetDevice(before_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
-class Event {
- public:
-  Event() { MOEVEMENT_CUDA(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming)); }
-  ~Event() { (void)cudaEventDestroy(event_); }
-  Event(const Event&) = delete;
-  Event& operator=(const Event&) = delete;
-  cudaEvent_t get() const { return event_; }
-
- private:
-  cudaEvent_t event_ = nullptr;
-};
-
-class SideStream {
- public:
-  // Non-blocking: work on the legacy default stream must not wait for snapshot copies, nor they for it. The greatest
-  // priority: a gather of microseconds must not queue behind the training's kernels.
-  SideStream() {
-    int least = 0;
-    int greatest = 0;
-    MOEVEMENT_CUDA(cudaDeviceGetStreamPriorityRange(&least, &greatest));
-    MOEVEMENT_CUDA(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, greatest));
-  }
-  ~SideStream() { (void)cudaStreamDestroy(stream_); }
-  SideStream(const SideStream&) = delete;
-  SideStream& operator=(const SideStream&) = delete;
-  cudaStream_t get() const { return stream_; }
-
- private:
-  cudaStream_t stream_ = nullptr;
-};
-
-class DeviceMemory {
- public:
-  explicit DeviceMemory(std::uint64_t bytes) {
-    if (bytes != 0) MOEVEMENT_CUDA(cudaMalloc(&pointer_, bytes));
-  }
-  ~DeviceMemory() { (void)cudaFree(pointer_); }
-  DeviceMemory(const DeviceMemory&) = delete;
-  DeviceMemory& operator=(const DeviceMemory&) = delete;
-  std::uint64_t address() const { return reinterpret_cast<std::uintptr_t>(pointer_); }
-
- private:
-  void* pointer_ = nullptr;
-};
 
 // The worker asks for the fence before it starts the first chunk, and also orders the side streams behind it. The order
 // alone would be correct, but a chunk that waits on the GPU behind a collective that never ends cannot be cancelled.
@@ -104,32 +30,23 @@ class StreamFence final : public Fence {
       (void)cudaGetLastError();
       return false;
     }
-    check(code, "cudaEventQuery(fence)", MOEVEMENT_HERE);
+    check_cuda(code, "cudaEventQuery(fence)", MOEVEMENT_HERE);
     for (const cudaStream_t side : sides_) MOEVEMENT_CUDA(cudaStreamWaitEvent(side, event_.get(), 0));
     return true;
   }
 
  private:
-  Event event_;
+  CudaEvent event_;
   std::vector<cudaStream_t> sides_;
 };
 
 // Everything that belongs to one place in the row of chunks in flight.
 struct Slot {
-  Event gathered;  // the pieces are in the staging memory
-  Event copied;    // the link is free again
-  Event over;
+  CudaEvent gathered;  // the pieces are in the staging memory
+  CudaEvent copied;    // the link is free again
+  CudaEvent over;
   bool staged = false;
 };
-
-void check_index(int index) {
-  int count = 0;
-  MOEVEMENT_CUDA(cudaGetDeviceCount(&count));
-  if (index < 0 || index >= count) {
-    throw EngineError("no CUDA device " + std::to_string(index) + ": " + std::to_string(count) + " visible" +
-                      MOEVEMENT_HERE);
-  }
-}
 
 void copy_async(std::uint64_t source, std::uint64_t destination, std::uint64_t bytes, cudaStream_t stream) {
   MOEVEMENT_CUDA(cudaMemcpyAsync(reinterpret_cast<void*>(destination), reinterpret_cast<const void*>(source), bytes,
@@ -142,7 +59,7 @@ void move_pieces(const Chunk& chunk, std::uint64_t staging, cudaStream_t stream)
   table.count = static_cast<std::uint32_t>(items.size());
   std::copy(items.begin(), items.end(), table.items);
   const bool scatter = chunk.direction == Direction::to_device;
-  check(static_cast<cudaError_t>(launch_gather(table, staging, scatter, stream)), "gather kernel", MOEVEMENT_HERE);
+  check_cuda(static_cast<cudaError_t>(launch_gather(table, staging, scatter, stream)), "gather kernel", MOEVEMENT_HERE);
 }
 
 // Chunks take turns on several streams, each behind the one before. On one stream they would be a queue that never runs
@@ -154,7 +71,9 @@ class CudaDevice final : public CopyDevice {
   // The events and streams belong to the device that is current when they are made.
   CudaDevice(int index, std::uint64_t staging_bytes, std::size_t copy_streams)
       : index_(index), staging_bytes_(staging_bytes), staging_(staging_bytes), ring_(staging_bytes) {
-    for (std::size_t count = 0; count < copy_streams; ++count) copies_.push_back(std::make_unique<SideStream>());
+    for (std::size_t count = 0; count < copy_streams; ++count) {
+      copies_.push_back(std::make_unique<SideStream>(StreamPriority::greatest));
+    }
     for (std::size_t slot = 0; slot < kMaxChunksInFlight; ++slot) slots_.push_back(std::make_unique<Slot>());
   }
 
@@ -192,7 +111,7 @@ class CudaDevice final : public CopyDevice {
     // What goes into staging memory alone need not wait until the chunk before is scattered.
     const bool only_staged = here.staged && !to_host && all_gathered(chunk);
     if (before_ != nullptr) {
-      const Event& needed = only_staged ? before_->copied : before_->over;
+      const CudaEvent& needed = only_staged ? before_->copied : before_->over;
       MOEVEMENT_CUDA(cudaStreamWaitEvent(stream, needed.get(), 0));
     }
     for (const Run& run : chunk.runs) copy_run(chunk, run, here.staged, staging, stream);
@@ -271,7 +190,8 @@ class CudaDevice final : public CopyDevice {
   int index_;
   std::uint64_t staging_bytes_;
   std::vector<std::unique_ptr<SideStream>> copies_;
-  SideStream gathers_;
+  // A gather of microseconds must not queue behind the training's kernels.
+  SideStream gathers_{StreamPriority::greatest};
   DeviceMemory staging_;
   std::vector<std::unique_ptr<Slot>> slots_;
   // Worker thread only.
@@ -286,7 +206,7 @@ std::unique_ptr<CopyDevice> make_cuda_device(int index, std::uint64_t gather_byt
   if (copy_streams < 1 || copy_streams > kMaxCopyStreams) {
     throw std::invalid_argument("copy_streams must be 1 to " + std::to_string(kMaxCopyStreams) + MOEVEMENT_HERE);
   }
-  check_index(index);
+  check_device_index(index);
   const DeviceGuard guard(index);
   return std::make_unique<CudaDevice>(index, gather_built() ? gather_bytes_limit : 0, copy_streams);
 }

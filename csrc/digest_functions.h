@@ -12,5 +12,7 @@ void digest_baseline(const void* bytes, size_t nbytes, unsigned char digest[16])
 // False where the processor lacks AVX2, or the build is for another one than x86-64; digest_avx2 is not called then.
 bool avx2_usable() noexcept;
 void digest_avx2(const void* bytes, size_t nbytes, unsigned char digest[16]);
+// The fastest of them that this processor has.
+DigestFunction best_digest() noexcept;
 
 }  // namespace moevement

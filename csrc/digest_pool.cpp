@@ -21,6 +21,7 @@ constexpr std::size_t kMaxUnfinished = 8;
 constexpr std::size_t kMaxFinished = 64;  // finished tickets whose digests are kept
 // Small parts are taken together, but not so many that a cancel waits long for them.
 constexpr std::size_t kMaxPartsAtOnce = 256;
+constexpr std::uint64_t kBytesAtOnce = std::uint64_t{4} << 20;
 constexpr auto kPollEvery = std::chrono::milliseconds(50);
 
 std::size_t checked_threads(std::size_t threads) {
@@ -29,6 +30,8 @@ std::size_t checked_threads(std::size_t threads) {
   }
   return threads;
 }
+
+}  // namespace
 
 void check_range(const DigestRange& range, std::size_t index) {
   if (range.bytes == 0) return;
@@ -39,14 +42,14 @@ void check_range(const DigestRange& range, std::size_t index) {
   }
 }
 
-}  // namespace
-
 void digest_baseline(const void* bytes, size_t nbytes, unsigned char digest[16]) {
   XXH128_canonicalFromHash(reinterpret_cast<XXH128_canonical_t*>(digest), XXH3_128bits(bytes, nbytes));
 }
 
+DigestFunction best_digest() noexcept { return avx2_usable() ? digest_avx2 : digest_baseline; }
+
 DigestPool::DigestPool(std::size_t threads)
-    : owner_(::getpid()), count_(checked_threads(threads)), function_(avx2_usable() ? digest_avx2 : digest_baseline) {
+    : owner_(::getpid()), count_(checked_threads(threads)), function_(best_digest()) {
   try {
     for (std::size_t number = 0; number < count_; ++number) threads_.emplace_back([this, number] { work(number); });
   } catch (const std::system_error& problem) {
@@ -83,8 +86,8 @@ std::uint64_t DigestPool::enqueue(const std::vector<DigestRange>& ranges, bool u
   for (std::size_t index = 0; index < ranges.size(); ++index) {
     const DigestRange& range = ranges[index];
     check_range(range, index);
-    for (std::uint64_t offset = 0; offset < range.bytes; offset += kDigestChunkBytes) {
-      ticket->parts.push_back({range.address + offset, std::min(kDigestChunkBytes, range.bytes - offset)});
+    for (std::uint64_t offset = 0; offset < range.bytes; offset += kDigestLeafBytes) {
+      ticket->parts.push_back({range.address + offset, std::min(kDigestLeafBytes, range.bytes - offset)});
     }
     ticket->ends.push_back(ticket->parts.size());
   }
@@ -179,7 +182,7 @@ void DigestPool::work(std::size_t number) {
     const TicketRef ticket = queue_.front();
     const std::size_t first = ticket->next;
     std::uint64_t bytes = 0;
-    while (ticket->next < ticket->parts.size() && bytes < kDigestChunkBytes && ticket->next - first < kMaxPartsAtOnce) {
+    while (ticket->next < ticket->parts.size() && bytes < kBytesAtOnce && ticket->next - first < kMaxPartsAtOnce) {
       bytes += ticket->parts[ticket->next++].bytes;
     }
     const std::size_t last = ticket->next;

@@ -1,6 +1,5 @@
 // Digests memory behind the caller's back with a few threads, in chunks, so that one large range keeps them all busy.
-//
-// A range's digest is the XXH3-128 of the XXH3-128 digests, one after the other, of its chunks of kDigestChunkBytes.
+// What a range's digest is: leaf_digest.h.
 #pragma once
 
 #include <sys/types.h>
@@ -20,16 +19,16 @@
 #include <vector>
 
 #include "digest_functions.h"
+#include "leaf_digest.h"
 
 namespace moevement {
-
-constexpr std::uint64_t kDigestChunkBytes = std::uint64_t{4} << 20;
-constexpr std::size_t kDigestBytes = 16;
 
 struct DigestRange {
   std::uint64_t address;
   std::uint64_t bytes;
 };
+// Throws std::invalid_argument for a null or wrapping range; `index` names it.
+void check_range(const DigestRange& range, std::size_t index);
 
 class DigestPool {
  public:

@@ -7,12 +7,7 @@
 #include <cstdint>
 
 #include "chunking.h"
-
-#ifdef __CUDACC__
-#define MOEVEMENT_HOST_DEVICE __host__ __device__
-#else
-#define MOEVEMENT_HOST_DEVICE
-#endif
+#include "device_code.h"
 
 namespace moevement {
 
@@ -22,21 +17,6 @@ struct GatherTable {
   Descriptor items[kMaxPiecesPerChunk];
 };
 static_assert(sizeof(GatherTable) < 4096, "a kernel's parameters have 4 KiB");
-
-// One load and one store of 2 to 16 bytes; they may stand for bytes of any type.
-struct __attribute__((may_alias, aligned(16))) Wide16 {
-  std::uint64_t low;
-  std::uint64_t high;
-};
-struct __attribute__((may_alias)) Wide8 {
-  std::uint64_t bits;
-};
-struct __attribute__((may_alias)) Wide4 {
-  std::uint32_t bits;
-};
-struct __attribute__((may_alias)) Wide2 {
-  std::uint16_t bits;
-};
 
 // How many bytes at a time both addresses allow, once some first bytes are copied alone.
 MOEVEMENT_HOST_DEVICE inline std::uint32_t widest(std::uint64_t to, std::uint64_t from) {

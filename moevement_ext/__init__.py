@@ -10,13 +10,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moevement_ext import _C
-from moevement_ext._C import DIGEST_CHUNK_BYTES, CopyEngine, CopyStats, DigestPool, EngineError, HostRegion
+from moevement_ext._C import (
+    DIGEST_LEAF_BYTES,
+    CopyEngine,
+    CopyStats,
+    DeviceDigests,
+    DigestPool,
+    EngineError,
+    HostRegion,
+)
 
 __all__ = [
-    "DIGEST_CHUNK_BYTES",
+    "DIGEST_LEAF_BYTES",
     "BuildInfo",
     "CopyEngine",
     "CopyStats",
+    "DeviceDigests",
     "DigestPool",
     "EngineError",
     "HostRegion",
@@ -35,7 +44,7 @@ class BuildInfo:
     compiler: str
     """Name and version of the C++ compiler."""
     gather: bool
-    """Whether the CUDA engine copies small pieces together, by way of a kernel."""
+    """Whether the CUDA engine copies small pieces together, by way of a kernel; DeviceDigests("cuda") needs one too."""
 
 
 def build_info() -> BuildInfo:

@@ -18,6 +18,7 @@
 #include <thread>
 
 #include "gather.h"
+#include "leaf_digest.h"
 
 namespace {
 
@@ -27,7 +28,12 @@ class Mark {
   void set() {
     const std::lock_guard<std::mutex> lock(mutex_);
     done_ = true;
+    at_ = std::chrono::steady_clock::now();
     changed_.notify_all();
+  }
+  std::chrono::steady_clock::time_point at() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return at_;
   }
   void wait() {
     std::unique_lock<std::mutex> lock(mutex_);
@@ -41,6 +47,7 @@ class Mark {
  private:
   std::mutex mutex_;
   std::condition_variable changed_;
+  std::chrono::steady_clock::time_point at_;
   bool done_ = false;
 };
 
@@ -180,6 +187,15 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   return cudaSuccess;
 }
 
+cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t first, cudaEvent_t second) {
+  const auto from = event_of(first).mark();
+  const auto to = event_of(second).mark();
+  if (!from || !to) return cudaErrorInvalidResourceHandle;
+  if (!from->done() || !to->done()) return cudaErrorNotReady;
+  *milliseconds = std::chrono::duration<float, std::milli>(to->at() - from->at()).count();
+  return cudaSuccess;
+}
+
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) { return new_stream(stream); }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return new_stream(stream); }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) { return delete &stream_of(stream), cudaSuccess; }
@@ -215,6 +231,7 @@ cudaError_t cudaFree(void* pointer) {
   return cudaSuccess;
 }
 cudaError_t cudaMallocHost(void** pointer, size_t bytes) { return *pointer = ::operator new(bytes), cudaSuccess; }
+cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned) { return cudaMallocHost(pointer, bytes); }
 cudaError_t cudaFreeHost(void* pointer) { return ::operator delete(pointer), cudaSuccess; }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
@@ -265,6 +282,13 @@ int launch_gather(const GatherTable& table, std::uint64_t staging, bool scatter,
       }
     }
   });
+  return cudaSuccess;
+}
+
+int launch_leaf_digests(const LeafRange* ranges, std::uint32_t count, std::uint32_t leaves, std::uint64_t results,
+                        std::uint32_t blocks, void* stream) noexcept {
+  if (blocks == 0 || count * sizeof(LeafRange) > left_in_allocation(number(ranges))) return cudaErrorInvalidValue;
+  stream_of(static_cast<cudaStream_t>(stream)).add([=] { digest_leaves(ranges, count, leaves, results); });
   return cudaSuccess;
 }
 

@@ -15,6 +15,7 @@
 #include "check.h"
 #include "copy_engine.h"
 #include "host_region.h"
+#include "suites.h"
 
 using namespace moevement;
 
@@ -348,6 +349,6 @@ int main(int count, char** arguments) {
                      RUN(copies_wait_for_the_stream_and_can_be_cancelled_meanwhile) +
                      RUN(an_error_stays_with_its_ticket) + RUN(gather_and_scatter_are_right) +
                      RUN(a_higher_priority_overtakes) + RUN(small_copies_stay_quick) + RUN(bandwidth_of_small_pieces) +
-                     RUN(bandwidth);
+                     RUN(bandwidth) + test_cuda_digests(quick);
   return failed == 0 ? 0 : 1;
 }

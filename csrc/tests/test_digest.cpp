@@ -23,8 +23,8 @@ std::string one(const void* bytes, std::size_t nbytes) {
 std::string expected(const DigestRange& range) {
   std::string chunks;
   const auto* bytes = reinterpret_cast<const unsigned char*>(range.address);
-  for (std::uint64_t offset = 0; offset < range.bytes; offset += kDigestChunkBytes) {
-    chunks += one(bytes + offset, std::min(kDigestChunkBytes, range.bytes - offset));
+  for (std::uint64_t offset = 0; offset < range.bytes; offset += kDigestLeafBytes) {
+    chunks += one(bytes + offset, std::min(kDigestLeafBytes, range.bytes - offset));
   }
   return one(chunks.data(), chunks.size());
 }
@@ -50,7 +50,7 @@ void ranges_of_all_sizes_are_digested_by_any_number_of_threads() {
     const std::uint64_t size = random() % 300;
     ranges.push_back({address(bytes.data()) + random() % (bytes.size() - size), size});
   }
-  for (const std::uint64_t size : {kDigestChunkBytes - 1, kDigestChunkBytes, kDigestChunkBytes + 1}) {
+  for (const std::uint64_t size : {kDigestLeafBytes - 1, kDigestLeafBytes, kDigestLeafBytes + 1}) {
     ranges.push_back({address(bytes.data()), size});
   }
   std::string all;

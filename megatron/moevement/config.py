@@ -144,18 +144,19 @@ class SparseCheckpointConfig:
         "more turns the transcript off with a warning.",
         unit="GiB",
     )
-    digest: bool = _knob(
-        True,
+    digest: str = _knob(
+        "on",
         "--sparse-ckpt-digest",
-        "Digest every operator of a slot (XXH3, 128 bits) before it is committed and verify it before it is used.",
-        type=on_off_argument,
-        metavar="on|off",
+        "Digest every operator of a slot (XXH3, 128 bits) before it is committed and verify it before it is used. "
+        "`on`: the GPU digests what is copied where it lies; without one, or in a build without nvcc, threads digest "
+        "the copy. `host`: threads do it always.",
+        choices=("on", "host", "off"),
     )
     digest_threads: int = _knob(
         0,
         "--sparse-ckpt-digest-threads",
-        "Threads per rank that digest slots and fill their memory; 0 is half of the rank's share of the cores, 8 "
-        "at most.",
+        "Threads per rank that digest slots, or only verify them where a GPU makes the digests, and fill their memory; "
+        "0 is half of the rank's share of the cores, 8 at most.",
         unit="threads",
     )
     dense_interval: int = _knob(

@@ -33,7 +33,7 @@ from megatron.moevement.snapshot.bandwidth import measure_digests
 from megatron.moevement.snapshot.calibration import Calibration
 from megatron.moevement.store.host_store import HostStore, discard
 from megatron.moevement.types import IterationRecord, Run
-from moevement_ext import CopyEngine, DigestPool
+from moevement_ext import CopyEngine, DeviceDigests, DigestPool
 
 # What a rank says it can load while its slots' memory isn't pinned yet; slots are captured once all ranks' memory is.
 NOT_PINNED = -2
@@ -58,6 +58,7 @@ class SparseCheckpointManager:
         engine: CopyEngine,
         events: EventLog,
         surroundings: Surroundings,
+        device_digests: DeviceDigests | None = None,
     ) -> None:
         self._config, self._state, self._agreement, self._engine = config, state, agreement, engine
         self._events, self._surroundings = events, surroundings
@@ -68,9 +69,9 @@ class SparseCheckpointManager:
             "--sparse-ckpt-reorder": config.reorder,
         }
         self._threads = config.threads(surroundings.ranks_on_node)
-        self._digests = DigestPool(self._threads) if config.digest else None
+        self._digests = DigestPool(self._threads) if config.digest != "off" else None
         self._memory = SlotMemory(config, agreement, engine, self._path, surroundings.ranks_on_node)
-        self._tools = Tools(config, state, agreement, engine, self._digests, events)
+        self._tools = Tools(config, state, agreement, engine, self._digests, events, device_digests)
         place, copies = (config.job_directory, agreement.rank), (surroundings.chunks, surroundings.awaited_copies)
         self._calibration = Calibration(engine, state, *place, *copies)
         self._store: HostStore | None = None
@@ -339,8 +340,9 @@ class SparseCheckpointManager:
         self._agreement.barrier()
         kept = self._store is not None and (self._config.keep or not durable)
         self._memory.give_back(self._store, kept)
-        if self._digests is not None:
-            self._digests.close()
+        for digests in (self._digests, self._tools.device_digests):
+            if digests is not None:
+                digests.close()
         self._engine.close()
         self._events.emit("finished", kept=kept)
         return kept
@@ -356,7 +358,8 @@ class SparseCheckpointManager:
         self._first_step = step
         found = self._calibration.run(self._events)
         rates = (found.bytes_per_second, iteration, found.copy_seconds, found.chunks)
-        self._adopt(Measured(*rates, measure_digests(self._digests)), None)
+        digests = measure_digests(self._digests, self._state, self._tools.device_digests)
+        self._adopt(Measured(*rates, digests, self._tools.device_digests is not None), None)
 
     def _adopt(self, measured: Measured | None, window: int | None) -> None:
         """Makes the plan and takes its memory, on all ranks or on none."""

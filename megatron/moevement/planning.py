@@ -23,7 +23,8 @@ class Measured:
     """What `auto` plans with: device-to-host bytes per second of this rank, and seconds of an iteration.
 
     `copy_seconds` are those of an iteration in which a slot can be copied: all but the optimizer step. `chunks` is what
-    the engine copies in. Digests are made at `digest_bytes_per_second`, measured without training beside them.
+    the engine copies in. Digests are made at `digest_bytes_per_second`, measured without training beside them, by the
+    device or by threads.
     """
 
     bytes_per_second: float
@@ -31,6 +32,7 @@ class Measured:
     copy_seconds: float
     chunks: Chunks
     digest_bytes_per_second: float
+    digests_on_device: bool = False
 
     @property
     def budget_bytes(self) -> float:
@@ -138,8 +140,9 @@ def describe(plan: SparsePlan, state: TrainingState, config: SparseCheckpointCon
             "the optimizer step: the worst slot "
             + ("fits into one" if fits else "does not fit: expect a stall, see --sparse-ckpt-max-window")
         )
-        if config.digest:
-            lines.append(f"digests          at {plan.measured.digest_bytes_per_second / GIB:.2f} GiB/s")
+        if config.digest != "off":
+            who = "the device" if plan.measured.digests_on_device else "threads"
+            lines.append(f"digests          by {who}, at {plan.measured.digest_bytes_per_second / GIB:.2f} GiB/s")
         chunks = plan.measured.chunks
         how = "forced" if config.chunk_mib and config.chunks_in_flight else "the best for this link and this model"
         lines.append(f"copies           in chunks of {chunks.nbytes / MIB:g} MiB, {chunks.in_flight} in flight ({how})")

@@ -19,13 +19,15 @@ from megatron.moevement.snapshot.capture import Capture
 from megatron.moevement.store.committer import Committed, Committer
 from megatron.moevement.store.host_store import HostStore
 from megatron.moevement.types import IterationRecord, SlotSpec
-from moevement_ext import CopyEngine, DigestPool
+from moevement_ext import CopyEngine, DeviceDigests, DigestPool
 
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What takes slots of `state`: the copy engine, the digest threads (None commits without digests), the world, and
-    who is told."""
+    """What takes slots of `state`: copy engine, digest threads, the world, who is told, and the device's digests.
+
+    Where the device makes none, the threads do; without either, slots are committed without digests.
+    """
 
     config: SparseCheckpointConfig
     state: TrainingState
@@ -33,6 +35,7 @@ class Tools:
     engine: CopyEngine
     digests: DigestPool | None
     events: EventLog
+    device_digests: DeviceDigests | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,8 @@ class SlotCycle:
         self._tools, self.store, self._plan, self.schedule = tools, store, plan, schedule
         self._first_step, names = first_step, tools.state.table.names
         self._order = Reordering(tools.config, tools.state.table)
-        self._capture = Capture(tools.state, store, tools.engine, tools.agreement.rank, store.content["run_id"])
+        whose = (tools.agreement.rank, store.content["run_id"])
+        self._capture = Capture(tools.state, store, tools.engine, *whose, tools.device_digests)
         self._committer = Committer(store, tools.digests, self._on_committed)
         self._age = SnapshotAge(names, max(plan.longest_run, schedule.window), first_step)
         self.failed_slots = 0
@@ -166,11 +170,13 @@ class SlotCycle:
         if slot.error:
             self._fail(slot.slot.lease.step, slot.error)
             return
+        threads = "threads" if self._tools.digests is not None else "nobody"
         self._tools.events.emit(
             "slot",
             step=slot.slot.lease.step,
             data_bytes=slot.slot.data_bytes,
             digest_seconds=slot.digest_seconds,
+            digested_by="device" if slot.slot.piece_digests else threads,
             copy_started_time=slot.slot.copy_started_time,
             copy_seconds=slot.slot.copy_seconds,
         )

@@ -4,9 +4,10 @@
 
 Four parts, all in one process. Bandwidth against chunk size and chunks in flight, both directions. Bandwidth against
 the size of the pieces, gathered and copied one by one. The delay of a small copy to the host, as a training step awaits
-them, beside a bulk copy. The rate of digests by number of threads, and the rate at which the device reads the same
-bytes, the most that a digest there could reach. Beside every figure of bandwidth stands that of one pinned copy by the
-CUDA runtime measured just before it. Writes `<output>.json` and `<output>.png`.
+them, beside a bulk copy. The rate of digests: by number of threads; on the device by number of blocks, alone and beside
+a bulk copy; and the rate at which the device reads the same bytes, the most that it could reach. Beside every figure of
+bandwidth stands that of one pinned copy by the CUDA runtime measured just before it. Writes `<output>.json` and
+`<output>.png`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import functools
 import itertools
 import json
 import os
@@ -23,7 +23,7 @@ import statistics
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from moevement_ext import CopyEngine, DigestPool, HostRegion
+from moevement_ext import CopyEngine, HostRegion
+from scripts.bench import digests
 
 KIB, MIB = 1 << 10, 1 << 20
 CHUNKS_KIB = (512, 1024, 2048, 4096, 8192, 16384)
@@ -42,6 +43,7 @@ STREAMS = (1, 2, 3)
 PIECES_KIB = (4, 16, 64, 256, 1024, 4096)
 DIRECTIONS = ("to_host", "to_device")
 SMALL_COPIES = 40
+DIGESTED_PIECE_KIB = 64
 # What the plot shows of (streams, in flight), and how.
 LINES = {(1, 1): "C0-", (1, 2): "C1--", (1, 4): "C2--", (2, 2): "C3-", (2, 4): "C4-", (3, 3): "C5-"}
 # Between pieces on the device, so that no two can be joined to one copy.
@@ -225,31 +227,19 @@ class Bench:
         return found
 
     def digests(self) -> dict[str, Any]:
-        """Bytes a second that threads digest in host memory; seconds that the device takes to read as many bytes."""
-        rates = {}
-        for threads in (1, 2, 4, 8, 16):
-            with DigestPool(threads) as pool:
-                digest = functools.partial(pool.digest, self._region.address, self.nbytes)
-                seconds = timed(digest, self._rounds)
-                rates[threads] = self.nbytes / seconds
+        """Digests of host memory by threads and of device memory, in bytes a second, and what reading alone reaches."""
+        rates = digests.thread_rates(self._region.address, self.nbytes, self._rounds)
         words = self._device[: self.nbytes].view(torch.int64)
 
         def read() -> None:
             words.sum()
             self._synchronize()
 
-        return {"rate_by_threads": rates, "device_read_rate": self.nbytes / timed(read, self._rounds)}
-
-
-def timed(action: Callable[[], object], rounds: int) -> float:
-    """The median seconds of an action, the first time not counted."""
-    action()
-    seconds = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        action()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+        reads = self.nbytes / digests.timed(read, self._rounds)
+        with self._engine() as engine:
+            batch = self._batch(DIGESTED_PIECE_KIB * KIB, "to_host")
+            found = digests.device_rates(self._kind, engine, batch, self._rounds)
+        return {"rate_by_threads": rates, "device_read_rate": reads, "device": found}
 
 
 def microseconds(times: list[float]) -> dict[str, float]:
@@ -282,9 +272,7 @@ def print_table(result: dict[str, Any]) -> None:
             f"  pieces of {one['piece_kib']:5d} KiB {how:10s} {one['direction']:9s} {one['rate'] / 1e9:6.2f} GB/s, "
             f"{100 * one['share']:5.1f}% ({100 * one['share_least']:.1f} to {100 * one['share_most']:.1f})"
         )
-    digests = result["digests"]
-    print("digests: " + ", ".join(f"{n} threads {r / 1e9:.1f} GB/s" for n, r in digests["rate_by_threads"].items()))
-    print(f"device reads {digests['device_read_rate'] / 1e9:.0f} GB/s")
+    digests.print_rates(result["digests"])
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -2,7 +2,7 @@
 # Builds the extension on a machine with one GPU, and tests or measures there.
 # Usage: scripts/bench/on_one_gpu.sh RESULTS_DIRECTORY PART...
 # Parts: build (the extension and its native tests, unless they are there), extension (tests of the core), native (its C++ tests on the GPU), sanitizer (under compute-sanitizer), job (the
-# main job killed and recovered), copies (copy_engine.py), NAME=VARIANTS (overhead.py --model NAME at the planner's W).
+# main job killed and recovered), digests (those of the device against the host's), copies (copy_engine.py), NAME=VARIANTS (overhead.py --model NAME at the planner's W).
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 results=$1
@@ -32,6 +32,7 @@ for part in "$@"; do
         tail -6 "$results/$tool.log"
       done ;;
     job) timeout 250 python3 -m pytest -m gpu tests/gpu -q -x -p no:cacheprovider ${JOB:-} 2>&1 | tail -45 ;;
+    digests) timeout 200 python3 -m pytest -m gpu tests/gpu/test_device_digests.py -q -x -s -p no:cacheprovider 2>&1 | tail -30 ;;
     copies) timeout 150 python3 scripts/bench/copy_engine.py ${COPIES:-} --output "$results/copy_engine" ;;
     *=*)
       timeout "${LIMIT:-200}" python3 scripts/bench/overhead.py --model "${part%%=*}" --window auto \

@@ -5,10 +5,10 @@
     python scripts/bench/overhead.py --model 64-experts --variants off,sparse,sparse-undigested,dcp,nvrx
 
 Blocks of iterations alternate between the variants. `off`: the manager isn't called. `sparse`: a slot in every
-iteration, with digests; `sparse-undigested`: without. `sparse-copy`: what a slot holds, by torch's `copy_` on a side
-stream. `dense-sync`, `dense-side`: everything in every iteration by `copy_`, waited for at once or on a side stream.
-A sparse variant may have switches, such as `sparse:chunks=2x4` (MiB,
-in flight), `sparse:spread=0.9` or `sparse:pauses` (scripts/bench/switches.py).
+iteration, with digests as `--digest` says; `sparse-undigested`: without. `sparse-copy`: what a slot holds, by torch's
+`copy_` on a side stream. `dense-sync`, `dense-side`: everything in every iteration by `copy_`, waited for at once or on
+a side stream. A sparse variant may have switches, such as `sparse:digests=host`, `sparse:digests=device:blocks=32`,
+`sparse:chunks=2x4` (MiB, in flight), `sparse:spread=0.9` or `sparse:pauses` (scripts/bench/switches.py).
 `dcp`: torch.distributed.checkpoint.async_save of everything in every iteration; `nvrx`: the local checkpoint of
 nvidia-resiliency-ext; both run after the others, because a save takes many iterations. The first iteration of a block
 isn't counted, because the block before it is still being digested. Besides the time of iterations it shows how long
@@ -100,7 +100,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", choices=sorted(MODELS), default="demo")
     parser.add_argument("--window", default="4", help="W, or auto")
     parser.add_argument("--mode", choices=("fixed", "rolling"), default="rolling")
-    parser.add_argument("--digest", choices=("on", "off"), default="on")
+    parser.add_argument("--digest", choices=("on", "host", "off"), default="on", help="--sparse-ckpt-digest of the job")
     parser.add_argument("--variants", default="off,sparse", help="comma list; see above")
     parser.add_argument("--blocks", type=int, default=8, help="blocks of each variant")
     parser.add_argument("--block", type=int, default=6, help="iterations of a block, the first of which isn't counted")

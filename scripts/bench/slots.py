@@ -44,7 +44,7 @@ class Snapshots:
         from megatron.moevement import manager
         from megatron.moevement.integration import attach, train_loop
         from megatron.moevement.recovery.start import store_path
-        from scripts.bench.switches import SwitchedEngine, SwitchedPool
+        from scripts.bench.switches import SwitchedDigests, SwitchedEngine, SwitchedPool
 
         events = EventLog(None, training.topology.rank)
         self._measured = Measurement()
@@ -52,6 +52,7 @@ class Snapshots:
         self._memory_before = memory_in_use(training.topology.device.type == "cuda")
         with (
             mock.patch.object(attach, "CopyEngine", SwitchedEngine),
+            mock.patch.object(attach, "DeviceDigests", SwitchedDigests),
             mock.patch.object(manager, "DigestPool", SwitchedPool),
         ):
             self.manager, self.state = attach.build_manager(training, config, events)
@@ -164,4 +165,4 @@ class Consecutive:
 
     def after_optimizer_step(self, _iteration: int, outcome: Any) -> None:
         """Hands over the record."""
-        self._inner.after_optimizer_step(self._count, outcome)
+        self._inner.after_optimizer_step(self._count, dataclasses.replace(outcome, iteration=self._count))

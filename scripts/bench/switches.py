@@ -1,4 +1,4 @@
-"""What the overhead benchmark turns on and off between blocks of one run: digests, chunks, spreading, pauses.
+"""What the overhead benchmark changes between blocks of one run: digests, chunks, spreading, pauses.
 
 One manager serves all of these variants, because two would need twice the host memory.
 """
@@ -13,9 +13,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 from megatron.moevement.config import MIB
-from moevement_ext import CopyEngine, DigestPool
+from moevement_ext import CopyEngine, DeviceDigests, DigestPool
 
 MOST_RANGES = 100_000
+# What DeviceDigests has by default.
+DEVICE_BLOCKS = 64
 
 
 class SwitchedPool(DigestPool):
@@ -56,6 +58,37 @@ class SwitchedPool(DigestPool):
         super().close()
 
 
+class SwitchedDigests(DeviceDigests):
+    """Digests of the device that can be told to make none, which leaves them to the pool, or with other blocks.
+
+    `made` is whether there is a device that makes digests in this process.
+    """
+
+    made = False
+    wanted = True
+    blocks_wanted: int | None = None
+    _NO_TICKET = 0
+
+    def __init__(self, *arguments: Any, **limits: Any) -> None:
+        super().__init__(*arguments, **limits)
+        SwitchedDigests.made = True
+
+    def submit(self, addresses: Any, sizes: Any, stream: int = 0, label: str = "") -> int:
+        """Starts a batch."""
+        if not SwitchedDigests.wanted:
+            return self._NO_TICKET
+        self.set_blocks(SwitchedDigests.blocks_wanted or DEVICE_BLOCKS)
+        return super().submit(addresses, sizes, stream, label)
+
+    def wait(self, ticket: int, timeout_seconds: float) -> bytes | None:
+        """The digests; nothing, which the pool makes up for, where none were started."""
+        return b"" if ticket == self._NO_TICKET else super().wait(ticket, timeout_seconds)
+
+    def cancel(self, ticket: int) -> bool:
+        """Gives up a batch."""
+        return ticket == self._NO_TICKET or super().cancel(ticket)
+
+
 class SwitchedEngine(CopyEngine):
     """A copy engine that can be told to spread what it is given; `made` are all engines of this process."""
 
@@ -87,19 +120,24 @@ class Switched:
     Args:
         inner: the manager's hooks.
         engine: the manager's copy engine.
-        text: with `:` in between, `digests=off` or `digests=8` (threads), `chunks=4x2` (MiB, in flight), `spread=0.9`
-            (of the time until the fence), `pauses`.
+        text: with `:` in between, `digests=off`, `device`, `host`, or `8` (threads of the host), `blocks=64` (of the
+            device's digests), `chunks=4x2` (MiB, in flight), `spread=0.9` (of the time until the fence), `pauses`.
     """
 
     def __init__(self, inner: Any, engine: SwitchedEngine, text: str) -> None:
         words = dict(word.partition("=")[::2] for word in text.split(":") if word)
-        unknown = set(words) - {"digests", "chunks", "spread", "pauses"}
+        unknown = set(words) - {"digests", "blocks", "chunks", "spread", "pauses"}
         if unknown:
             raise ValueError(f"--variants: {text}: unknown {unknown.pop()}")
         self._inner, self._engine = inner, engine
-        self._digests = {"on": None, "off": 0}.get(words.get("digests", "on"), -1)
-        if self._digests == -1:
-            self._digests = int(words["digests"])
+        digests = words.get("digests", "on")
+        if (digests == "device" or "blocks" in words) and not SwitchedDigests.made:
+            raise ValueError(f"--variants: {text}: no device makes digests here")
+        self._on_device = digests in ("on", "device")
+        self._threads = {"on": None, "device": None, "host": None, "off": 0}.get(digests, -1)
+        if self._threads == -1:
+            self._threads = int(digests)
+        self._blocks = int(words["blocks"]) if "blocks" in words else None
         size, _, flight = words["chunks"].partition("x") if "chunks" in words else ("", "", "")
         self._chunks = (int(float(size) * MIB), int(flight)) if size else None
         self._spread, self._pauses = float(words.get("spread", 0)), "pauses" in words
@@ -108,7 +146,8 @@ class Switched:
 
     def before_forward(self, iteration: int) -> None:
         """Sets the switches, and begins the slot."""
-        SwitchedPool.threads_wanted = self._digests
+        SwitchedPool.threads_wanted = self._threads
+        SwitchedDigests.wanted, SwitchedDigests.blocks_wanted = self._on_device, self._blocks
         chunks = self._chunks or self._engine.own_chunks
         if chunks:
             self._engine.set_switched(*chunks)

@@ -13,10 +13,10 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moevement_ext import DIGEST_CHUNK_BYTES, DigestPool, EngineError
+from moevement_ext import DIGEST_LEAF_BYTES, DigestPool, EngineError
 from tests.support.engines import only_when_the_gil_is_free
 
-MEMORY = np.random.default_rng(1).integers(0, 256, 3 * DIGEST_CHUNK_BYTES, dtype=np.uint8)
+MEMORY = np.random.default_rng(1).integers(0, 256, 192 * DIGEST_LEAF_BYTES, dtype=np.uint8)
 
 
 def words(*values: int) -> npt.NDArray[np.uint64]:
@@ -26,8 +26,8 @@ def words(*values: int) -> npt.NDArray[np.uint64]:
 def model(offset: int, nbytes: int) -> bytes:
     """The definition."""
     data = MEMORY[offset : offset + nbytes].tobytes()
-    chunks = [data[begin : begin + DIGEST_CHUNK_BYTES] for begin in range(0, nbytes, DIGEST_CHUNK_BYTES)]
-    return xxhash.xxh3_128_digest(b"".join(xxhash.xxh3_128_digest(chunk) for chunk in chunks))
+    leaves = [data[begin : begin + DIGEST_LEAF_BYTES] for begin in range(0, nbytes, DIGEST_LEAF_BYTES)]
+    return xxhash.xxh3_128_digest(b"".join(xxhash.xxh3_128_digest(leaf) for leaf in leaves))
 
 
 def ranges(limit: int) -> st.SearchStrategy[tuple[int, int]]:
@@ -35,8 +35,8 @@ def ranges(limit: int) -> st.SearchStrategy[tuple[int, int]]:
     return st.tuples(st.integers(0, MEMORY.nbytes - limit), st.integers(0, limit))
 
 
-EDGE = st.integers(-1, 1).map(lambda step: (0, 2 * DIGEST_CHUNK_BYTES + step))
-RANGES = st.lists(ranges(20) | ranges(5000) | ranges(DIGEST_CHUNK_BYTES + 100) | EDGE, max_size=12)
+EDGE = st.integers(-1, 1).map(lambda step: (0, 2 * DIGEST_LEAF_BYTES + step))
+RANGES = st.lists(ranges(20) | ranges(5000) | ranges(DIGEST_LEAF_BYTES + 100) | EDGE, max_size=12)
 
 
 @settings(deadline=None, max_examples=60)
@@ -59,7 +59,7 @@ def test_a_flipped_bit_changes_the_digest() -> None:
     with DigestPool() as pool:
         before = pool.digest(copy.ctypes.data, copy.nbytes)
         assert before == model(0, MEMORY.nbytes)
-        copy[DIGEST_CHUNK_BYTES + 5] ^= 1
+        copy[DIGEST_LEAF_BYTES + 5] ^= 1
         assert pool.digest(copy.ctypes.data, copy.nbytes) != before
 
 

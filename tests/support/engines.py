@@ -5,7 +5,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
-from moevement_ext import CopyEngine, EngineError
+from moevement_ext import CopyEngine, DeviceDigests, EngineError
 
 
 class PinningEngine(CopyEngine):
@@ -31,6 +31,23 @@ class PinningEngine(CopyEngine):
     def unregister_host(self, address: int) -> bool:
         self.registered.remove(address)
         return True
+
+
+class SlowDigests(DeviceDigests):
+    """Digests that are never over, and a note of those that were given up."""
+
+    def __init__(self, **limits: int) -> None:
+        super().__init__(**limits)
+        self.cancelled: list[int] = []
+
+    def wait(self, ticket: int, timeout_seconds: float) -> bytes | None:
+        """Nothing, at once."""
+        return None
+
+    def cancel(self, ticket: int) -> bool:
+        """Gives up a ticket."""
+        self.cancelled.append(ticket)
+        return super().cancel(ticket)
 
 
 @contextlib.contextmanager

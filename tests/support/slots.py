@@ -12,6 +12,7 @@ from megatron.moevement.snapshot.layout import piece_sizes, slot_layout
 from megatron.moevement.store.format import Manifest
 from megatron.moevement.store.host_store import HostStore, SlotLease
 from megatron.moevement.types import BufferInfo, IterationRecord, Presence, SlotSpec, StartState
+from moevement_ext import DIGEST_LEAF_BYTES
 
 BUFFER = BufferInfo("chunk0.bias", "torch.float32", (4,), 16)
 
@@ -84,8 +85,12 @@ def write_leased(lease: SlotLease, data: bytes) -> None:
     ctypes.memmove(lease.data_address, data, len(data))
 
 
-def expected_digest(data: bytes | memoryview) -> str:
-    """The digest of a region by python-xxhash alone: of the digests of its chunks of 4 MiB."""
-    size = 4 << 20
-    chunks = [xxhash.xxh3_128_digest(data[at : at + size]) for at in range(0, len(data), size)]
-    return xxhash.xxh3_128_hexdigest(b"".join(chunks))
+def expected_digest(data: bytes | memoryview, sizes: Sequence[int]) -> str:
+    """The digest of a region by python-xxhash alone: of the digests of its pieces, each of those of its leaves."""
+    pieces, begin, leaf = b"", 0, DIGEST_LEAF_BYTES
+    for size in sizes:
+        piece = bytes(data[begin : begin + size])
+        leaves = [xxhash.xxh3_128_digest(piece[at : at + leaf]) for at in range(0, size, leaf)]
+        pieces += xxhash.xxh3_128_digest(b"".join(leaves))
+        begin += size
+    return str(xxhash.xxh3_128_hexdigest(pieces))

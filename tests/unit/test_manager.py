@@ -17,9 +17,9 @@ from megatron.moevement.recovery.start import store_path
 from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.snapshot.capture import Capture
 from megatron.moevement.store import committer
-from megatron.moevement.store.format import region_digests
+from megatron.moevement.store.format import DigestedRegion, region_digests
 from megatron.moevement.types import SlotSpec
-from moevement_ext import CopyEngine, DigestPool
+from moevement_ext import CopyEngine, DeviceDigests, DigestPool
 from tests.support.engines import PinningEngine
 from tests.support.tables import small_table
 from tests.support.toy import ToyState, alone, on_ranks
@@ -37,6 +37,7 @@ class Worker:
         agreement: Agreement | None = None,
         seed: int = 0,
         engine: CopyEngine | None = None,
+        device_digests: DeviceDigests | None = None,
         **knobs: Any,
     ) -> None:
         self.config = SparseCheckpointConfig(enabled=True, directory=directory, **{"window": 2, **knobs})
@@ -46,7 +47,8 @@ class Worker:
         log.listen(self.events.append)
         surroundings = Surroundings({"--seed": 1}, self.agreement.size, deterministic=True)
         self.engine: CopyEngine = engine or CopyEngine()
-        self.manager = SparseCheckpointManager(self.config, self.state, self.agreement, self.engine, log, surroundings)
+        parts = (self.config, self.state, self.agreement, self.engine, log, surroundings)
+        self.manager = SparseCheckpointManager(*parts, device_digests)
 
     def train(self, until: int) -> "Worker":
         """Iterations up to Step `until`."""
@@ -87,6 +89,26 @@ def test_a_crashed_run_ends_bit_identical(tmp_path: Path, mode: str, window: int
     assert start.source == "slots" and start.step == crash_at - 1 and start.conversion is not None
     assert second.state.everything() == undisturbed(crash_at - 1)
     assert second.train(LAST).state.everything() == undisturbed(LAST)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_digests_of_the_device_are_verified_by_the_threads(tmp_path: Path, window: int | None) -> None:
+    digests = DeviceDigests(ranges_limit=1000, bytes_limit=64 << 20)
+    first = Worker(tmp_path, device_digests=digests, window=window, max_window=3)
+    first.manager.start(None)
+    first.train(12).crash()
+    assert first.manager.plan is not None and not first.steps("slot_failed")
+    assert {event["digested_by"] for event in first.events if event["kind"] == "slot"} == {"device"}
+    measured = first.manager.plan.measured
+    assert (measured is None) == (window is not None) and (measured is None or measured.digests_on_device)
+    # The next one has no such device: the slots are the same.
+    second = Worker(tmp_path, seed=99, window=window, max_window=3)
+    assert second.manager.start(None).step == 11
+    assert second.train(LAST).state.everything() == undisturbed(LAST)
+    second.crash()
+    assert {event["digested_by"] for event in second.events if event["kind"] == "slot"} == {"threads"}
+    first.manager.finish(durable=False)
+    assert digests.closed
 
 
 def test_a_second_crash_right_after_the_first(tmp_path: Path) -> None:
@@ -247,7 +269,7 @@ def test_slots_are_taken_once_the_memory_of_all_ranks_is_pinned(tmp_path: Path) 
 
 
 def test_slow_digests_make_training_wait_and_cost_no_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(pool: DigestPool, base: int, regions: Sequence[tuple[str, int, int]]) -> dict[str, str]:
+    def slow(pool: DigestPool, base: int, regions: Sequence[DigestedRegion]) -> dict[str, str]:
         time.sleep(0.02)
         return region_digests(pool, base, regions)
 

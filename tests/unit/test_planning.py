@@ -101,4 +101,9 @@ def test_digests_that_are_slower_than_the_link_make_the_window_longer() -> None:
     fast, slow = (Measured(DENSE * 2, 2.0, 1.0, CHUNKS, rate) for rate in (UNLIMITED, DENSE / 4))
     assert slow.budget_bytes == DIGEST_RATE_UNDER_LOAD * DENSE / 2 < fast.budget_bytes == DENSE * 2
     assert plan(None, slow).schedule.window > plan(None, fast).schedule.window
-    assert any("digests" in line for line in describe(plan(None, slow), ToyState(TABLE), config(), 1))
+    by_device = Measured(DENSE * 2, 2.0, 1.0, CHUNKS, DENSE / 4, digests_on_device=True)
+    for who, measured in (("threads", slow), ("the device", by_device)):
+        lines = describe(plan(None, measured), ToyState(TABLE), config(), 1)
+        assert any(line.startswith(f"digests          by {who}, at ") for line in lines)
+    silent = describe(plan(None, slow), ToyState(TABLE), config(digest="off"), 1)
+    assert not any(line.startswith("digests") for line in silent)

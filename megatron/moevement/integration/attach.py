@@ -19,10 +19,11 @@ from megatron.moevement.integration.train_loop import Hooks, IterationOutcome
 from megatron.moevement.manager import SparseCheckpointManager
 from megatron.moevement.planning import Surroundings
 from megatron.moevement.schedule.agreement import Agreement
+from megatron.moevement.snapshot import digest_check
 from megatron.moevement.snapshot.bandwidth import Chunks
 from megatron.moevement.training_config import TrainingConfig
-from megatron.moevement.types import IterationRecord
-from moevement_ext import CopyEngine, EngineError
+from megatron.moevement.types import IterationRecord, Presence
+from moevement_ext import CopyEngine, DeviceDigests, EngineError, build_info
 
 # What slots must have been written with, in addition to what a dense checkpoint must: with another of these the
 # iterations that a recovery replays would not be those that ran.
@@ -56,6 +57,9 @@ _CHUNKS_IN_FLIGHT = (2,)
 # Small copies to the host that core's MoE layer waits for in a forward pass: the token counts, and how much is selected
 # by each of the two masked selections of its permutation.
 _AWAITED_BY_A_LAYER = 3
+# Device memory for small pieces on their way, and the part of it that the device's digests may take instead.
+_DEVICE_MEMORY_BYTES = 32 * MIB
+_DIGEST_TABLE_BYTES = 2 * MIB
 
 
 class SparseHooks:
@@ -128,11 +132,45 @@ def copy_engine(device: torch.device, config: SparseCheckpointConfig) -> CopyEng
             max_chunk_bytes=max(one.nbytes for one in chunks),
             max_queued_tickets=_QUEUED_COPIES_LIMIT,
             bytes_per_second_limit=config.bandwidth_gib_per_second * GIB,
+            gather_bytes_limit=_DEVICE_MEMORY_BYTES - (_DIGEST_TABLE_BYTES if _digests_there(device, config) else 0),
         )
     except EngineError as error:
         raise UnsupportedError(
             f"--sparse-ckpt: no copy engine for {device}: {error}; build the extension where the CUDA toolkit is found"
         ) from error
+
+
+def _digests_there(device: torch.device, config: SparseCheckpointConfig) -> bool:
+    return device.type == "cuda" and config.digest == "on" and build_info().gather
+
+
+def device_digests(
+    device: torch.device, config: SparseCheckpointConfig, state: OperatorState, engine: CopyEngine
+) -> DeviceDigests | None:
+    """What digests slots on the device, with room for the largest; None where threads do it, or nobody.
+
+    Raises:
+        UnsupportedError: the device can't, or there are too many pieces for the device memory that may be used.
+    """
+    if not _digests_there(device, config):
+        return None
+    # No slot holds more than everything in full: weights-only has fewer pieces, and smaller ones.
+    pieces = [piece for operator in state.table for piece in state.pieces(operator.name, Presence.FULL)]
+    pieces += state.start_state(0)[1]
+    room = {
+        "ranges_limit": max(digest_check.RANGES, len(pieces)),
+        "bytes_limit": max(digest_check.BYTES, sum(piece.nbytes for piece in pieces)),
+    }
+    try:
+        digests = DeviceDigests("cuda", device.index or 0, **room)
+        if digests.device_bytes > _DIGEST_TABLE_BYTES:
+            raise EngineError(
+                f"{len(pieces)} pieces of state need more than {_DIGEST_TABLE_BYTES / MIB:g} MiB for a table"
+            )
+        digest_check.check_device_digests(digests, engine, state)
+    except EngineError as error:
+        raise UnsupportedError(f"--sparse-ckpt-digest on: no digests by {device}: {error}; use host instead") from error
+    return digests
 
 
 def ranks_on_node() -> int:
@@ -177,5 +215,7 @@ def build_manager(
         chunks=chunk_choices(device, config),
         awaited_copies=awaited_copies(job),
     )
-    manager = SparseCheckpointManager(config, state, Agreement(job.topology.control), engine, events, surroundings)
+    digests = device_digests(device, config, state, engine)
+    agreement = Agreement(job.topology.control)
+    manager = SparseCheckpointManager(config, state, agreement, engine, events, surroundings, digests)
     return manager, state

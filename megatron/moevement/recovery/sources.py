@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from megatron.moevement.errors import SlotInvalid
 from megatron.moevement.operators.state import MemoryRange, RecordedOperator
 from megatron.moevement.operators.table import OperatorTable
-from megatron.moevement.snapshot.layout import BUFFERS_REGION, SlotLayout, slot_layout
+from megatron.moevement.snapshot.layout import BUFFERS_REGION, SlotLayout, digested_regions, slot_layout
 from megatron.moevement.store.format import Manifest, region_digests
 from megatron.moevement.store.host_store import HostStore
 from megatron.moevement.types import Presence, SlotInfo
@@ -66,8 +66,7 @@ class SlotReader:
         undigested = next((region.name for region in layout if region.name not in manifest.digests), None)
         if undigested is not None:
             raise SlotInvalid(f"{undigested} has no digest; it was written with --sparse-ckpt-digest off")
-        regions = [(region.name, region.offset, region.nbytes) for region in layout]
-        for name, found in region_digests(self._digests, address, regions).items():
+        for name, found in region_digests(self._digests, address, digested_regions(layout)).items():
             if found != manifest.digests[name]:
                 raise SlotInvalid(f"the digest of {name} is wrong")
 

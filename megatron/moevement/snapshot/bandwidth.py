@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron.moevement.operators.state import MemoryRange
-from moevement_ext import CopyEngine, DigestPool, EngineError, HostRegion
+from megatron.moevement.operators.state import MemoryRange, TrainingState
+from megatron.moevement.types import Presence
+from moevement_ext import CopyEngine, DeviceDigests, DigestPool, EngineError, HostRegion
 
 MEASURE_BYTES_LIMIT = 256 << 20
 DIGEST_MEASURE_BYTES = 128 << 20
@@ -86,8 +87,19 @@ def measure_bandwidth(
     return rates
 
 
-def measure_digests(pool: DigestPool | None) -> float:
-    """Bytes per second that `pool` digests in host memory when nothing else runs; without a pool there is no limit."""
+def measure_digests(pool: DigestPool | None, state: TrainingState, device: DeviceDigests | None = None) -> float:
+    """Bytes per second that are digested when nothing else runs; where nothing is, there is no limit.
+
+    Args:
+        pool: digests slots in host memory.
+        state: what `device` digests.
+        device: digests slots on the device, in the pool's place.
+
+    Raises:
+        EngineError: the device can't, or takes too long.
+    """
+    if device is not None:
+        return _measure_device_digests(device, state)
     if pool is None:
         return float("inf")
     memory = np.ones(DIGEST_MEASURE_BYTES, dtype=np.uint8)
@@ -97,6 +109,22 @@ def measure_digests(pool: DigestPool | None) -> float:
         pool.digest(memory.ctypes.data, memory.nbytes)
         seconds.append(time.perf_counter() - started)
     return memory.nbytes / sorted(seconds)[REPEATS // 2]
+
+
+def _measure_device_digests(digests: DeviceDigests, state: TrainingState) -> float:
+    """Of all that slots hold in full, which is far more than a device's cache."""
+    pieces = [piece for operator in state.table for piece in state.pieces(operator.name, Presence.FULL)]
+    addresses = np.array([piece.address for piece in pieces], dtype=np.uint64)
+    sizes = np.array([piece.nbytes for piece in pieces], dtype=np.uint64)
+    seconds = []
+    for _ in range(REPEATS):
+        ticket = digests.submit(addresses, sizes, state.stream(), "the digest probe")
+        if digests.wait(ticket, TIMEOUT_SECONDS) is None:
+            digests.cancel(ticket)
+            raise EngineError(f"the digest probe took longer than {TIMEOUT_SECONDS:g} s")
+        seconds.append(digests.seconds(ticket))
+    middle = sorted(seconds)[REPEATS // 2]
+    return int(sizes.sum()) / middle if middle > 0 else float("inf")
 
 
 def choose_chunks(rates: Mapping[Chunks, float], awaited_copies: int, copy_seconds: float) -> Chunks:

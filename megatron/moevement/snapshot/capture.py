@@ -1,4 +1,7 @@
-"""Capture: copies the slot of Step t while iteration t runs, and fences it before the optimizer step."""
+"""Capture: copies the slot of Step t while iteration t runs, and fences it before the optimizer step.
+
+Where the device makes digests it reads the same memory at the same time, so that they tell of errors of the copy too.
+"""
 
 import time
 from dataclasses import dataclass
@@ -8,12 +11,12 @@ import numpy.typing as npt
 
 from megatron.moevement.errors import MoevementError
 from megatron.moevement.operators.state import TrainingState
-from megatron.moevement.snapshot.layout import SlotLayout, slot_layout
+from megatron.moevement.snapshot.layout import SlotLayout, digested_regions, slot_layout
 from megatron.moevement.store.committer import CopiedSlot
 from megatron.moevement.store.format import Manifest
 from megatron.moevement.store.host_store import HostStore, SlotLease
 from megatron.moevement.types import IterationRecord, Presence, SlotSpec, StartState
-from moevement_ext import CopyEngine, EngineError
+from moevement_ext import CopyEngine, DeviceDigests, EngineError
 
 FENCE_TIMEOUT_SECONDS = 120.0
 # A new order of experts makes new kinds of slots, W for each order.
@@ -43,6 +46,7 @@ class _UnderWay:
     record: IterationRecord | None
     adam_steps: dict[str, tuple[float, ...]]
     ticket: int
+    digest_ticket: int | None
     submitted_time: float
 
 
@@ -54,12 +58,22 @@ class Capture:
         store: where slots are leased.
         engine: copies without the GIL.
         rank, run_id: written to every manifest, so that a slot of another rank or run is recognised.
+        digests: digests what is copied, on the device; None leaves that to whoever commits the slot.
     """
 
-    def __init__(self, state: TrainingState, store: HostStore, engine: CopyEngine, rank: int, run_id: str) -> None:
+    def __init__(
+        self,
+        state: TrainingState,
+        store: HostStore,
+        engine: CopyEngine,
+        rank: int,
+        run_id: str,
+        digests: DeviceDigests | None = None,
+    ) -> None:
         self._state = state
         self._store = store
         self._engine = engine
+        self._digests = digests
         self._rank = rank
         self._run_id = run_id
         self._under_way: _UnderWay | None = None
@@ -88,21 +102,24 @@ class Capture:
         if layout.nbytes > lease.data_bytes:
             self._store.abandon(lease)
             raise MoevementError(f"the slot needs {layout.nbytes} bytes, there is room for {lease.data_bytes}")
+        sources = np.concatenate([np.array([piece.address for piece in buffers], dtype=np.uint64), batch.sources])
+        digest_ticket = None
         try:
             submitted = time.time()
+            digest_ticket = self._start_digests(spec, sources, batch.sizes)
             ticket = self._engine.submit(
-                np.concatenate([np.array([piece.address for piece in buffers], dtype=np.uint64), batch.sources]),
+                sources,
                 batch.offsets + np.uint64(lease.data_address),
                 batch.sizes,
                 stream=self._state.stream(),
                 label=f"Step {spec.step}",
                 groups=batch.groups,
             )
-        except EngineError as error:
-            self._store.abandon(lease)
+        except (EngineError, ValueError) as error:
+            self._give_up(lease, None, digest_ticket)
             raise MoevementError(f"copy engine: {error}") from error
         adam_steps = {name: self._state.adam_steps(name) for name in spec.full}
-        self._under_way = _UnderWay(spec, lease, layout, start, record, adam_steps, ticket, submitted)
+        self._under_way = _UnderWay(spec, lease, layout, start, record, adam_steps, ticket, digest_ticket, submitted)
         return layout.nbytes
 
     def fence(self) -> tuple[CopiedSlot | None, float]:
@@ -121,14 +138,14 @@ class Capture:
         try:
             self._engine.hurry(under_way.ticket)
             finished = self._engine.wait(under_way.ticket, FENCE_TIMEOUT_SECONDS)
+            digests, digest_seconds = self._finish_digests(under_way.digest_ticket) if finished else (None, 0.0)
         except EngineError as error:
-            self._store.abandon(under_way.lease)
+            self._give_up(under_way.lease, under_way.ticket, under_way.digest_ticket)
             raise MoevementError(f"copy engine: {error}") from error
-        if not finished:
-            # Returns only when no chunk is in flight any more, so that the optimizer may write.
-            self._engine.cancel(under_way.ticket)
-            self._store.abandon(under_way.lease)
-            raise MoevementError(f"the copy took longer than {FENCE_TIMEOUT_SECONDS:g} s")
+        if not finished or digests is None:
+            self._give_up(under_way.lease, under_way.ticket, under_way.digest_ticket)
+            what = "digests" if finished else "copy"
+            raise MoevementError(f"the {what} took longer than {FENCE_TIMEOUT_SECONDS:g} s")
         spec, layout = under_way.spec, under_way.layout
         manifest = Manifest(
             rank=self._rank,
@@ -139,24 +156,47 @@ class Capture:
             adam_steps=under_way.adam_steps,
             digests={},
         )
-        regions = tuple((r.name, r.offset, r.nbytes) for r in layout)
         copy = self._engine.stats(under_way.ticket)
         copied = CopiedSlot(
             under_way.lease,
             manifest,
-            regions,
+            digested_regions(layout),
             layout.nbytes,
             under_way.submitted_time + copy.queue_seconds,
             copy.copy_seconds,
+            digests,
+            digest_seconds,
         )
         return copied, time.perf_counter() - started
 
     def cancel(self) -> None:
         """Drops the slot under way, if any."""
-        if self._under_way is not None:
-            self._engine.cancel(self._under_way.ticket)
-            self._store.abandon(self._under_way.lease)
-            self._under_way = None
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            self._give_up(under_way.lease, under_way.ticket, under_way.digest_ticket)
+
+    def _give_up(self, lease: SlotLease, ticket: int | None, digest_ticket: int | None) -> None:
+        """Frees the slot. No chunk is in flight then; digests that the device still makes are of no use to anybody."""
+        if digest_ticket is not None and self._digests is not None:
+            self._digests.cancel(digest_ticket)
+        if ticket is not None:
+            self._engine.cancel(ticket)
+        self._store.abandon(lease)
+
+    def _start_digests(
+        self, spec: SlotSpec, sources: npt.NDArray[np.uint64], sizes: npt.NDArray[np.uint64]
+    ) -> int | None:
+        if self._digests is None:
+            return None
+        names = f"{spec.full[0]} to {spec.full[-1]}" if spec.full else "no operator in full"
+        return self._digests.submit(sources, sizes, self._state.stream(), f"Step {spec.step}, {names}")
+
+    def _finish_digests(self, ticket: int | None) -> tuple[bytes | None, float]:
+        """Digests and the device's seconds; empty where the device makes none, None if they take too long."""
+        if self._digests is None or ticket is None:
+            return b"", 0.0
+        found = self._digests.wait(ticket, FENCE_TIMEOUT_SECONDS)
+        return found, self._digests.seconds(ticket) if found else 0.0
 
     def _batch(self, spec: SlotSpec, start: StartState) -> _Batch:
         key = (spec.full, spec.weights_only)

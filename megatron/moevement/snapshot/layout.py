@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron.moevement.operators.table import OperatorTable
+from megatron.moevement.store.format import DigestedRegion
 from megatron.moevement.types import BYTES_PER_FULL_ELEMENT, FULL_COMPONENTS, BufferInfo, Operator, Presence
 
 ALIGNMENT_BYTES = 64
@@ -67,3 +68,8 @@ def slot_layout(
             regions.append(_region(name, presence, start, piece_sizes(table[name], presence)))
     last = regions[-1]
     return SlotLayout(tuple(regions), _align(last.offset + last.nbytes))
+
+
+def digested_regions(layout: SlotLayout) -> tuple[DigestedRegion, ...]:
+    """The regions as their digests see them. What lies between them, for the alignment, is never read nor digested."""
+    return tuple(DigestedRegion(region.name, region.offset, region.sizes) for region in layout)

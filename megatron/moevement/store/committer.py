@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from megatron.moevement import injection
 from megatron.moevement.errors import SlotInvalid
-from megatron.moevement.store.format import Manifest, region_digests
+from megatron.moevement.store.format import DigestedRegion, Manifest, join_digests, region_digests
 from megatron.moevement.store.host_store import HostStore, SlotLease
 from moevement_ext import DigestPool
 
@@ -17,21 +17,27 @@ from moevement_ext import DigestPool
 class CopiedSlot:
     """A slot whose data is complete in host memory.
 
-    `regions` are (name, offset, bytes) in the data area; `data_bytes` is the area's used length. The copy began at
-    `copy_started_time` (seconds since the epoch) and took `copy_seconds`.
+    `regions` lie in the data area; `data_bytes` is the area's used length. The copy began at `copy_started_time`
+    (seconds since the epoch) and took `copy_seconds`. `piece_digests` were made of the source, on the device, in
+    `digest_seconds`; where they are empty, digests are made of the copy.
     """
 
     lease: SlotLease
     manifest: Manifest
-    regions: tuple[tuple[str, int, int], ...]
+    regions: tuple[DigestedRegion, ...]
     data_bytes: int
     copy_started_time: float = 0.0
     copy_seconds: float = 0.0
+    piece_digests: bytes = b""
+    digest_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """What the committer reports of one slot; `error` is empty if the slot is committed."""
+    """What the committer reports of one slot; `error` is empty if the slot is committed.
+
+    `digest_seconds` are the device's or the threads', whoever made the digests.
+    """
 
     slot: CopiedSlot
     digest_seconds: float
@@ -41,7 +47,7 @@ class Committed:
 class Committer:
     """One thread, at most one slot behind; `on_committed` runs on the thread after every slot.
 
-    Without `digests` slots are committed without.
+    Without `digests` slots are committed without, unless they bring some.
     """
 
     def __init__(self, store: HostStore, digests: DigestPool | None, on_committed: Callable[[Committed], None]) -> None:
@@ -92,9 +98,12 @@ class Committer:
     def _commit(self, slot: CopiedSlot) -> Committed:
         started = time.perf_counter()
         digests: dict[str, str] = {}
-        if self._digests is not None:
+        seconds = slot.digest_seconds
+        if slot.piece_digests:
+            digests = join_digests(slot.piece_digests, slot.regions)
+        elif self._digests is not None:
             digests = region_digests(self._digests, slot.lease.data_address, slot.regions)
-        seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - started
         injection.reached("commit", slot.lease.step)
         try:
             self._store.commit(slot.lease, replace(slot.manifest, digests=digests), slot.data_bytes)

@@ -21,13 +21,14 @@ from megatron.moevement.errors import SlotInvalid, StoreError
 from megatron.moevement.types import BufferInfo, IterationRecord, SlotSpec, StartState
 from moevement_ext import DigestPool, EngineError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SUPERBLOCK_MAGIC = b"MOEVSTR" + bytes([FORMAT_VERSION])
 PAGE_BYTES = 4096
 _SUPERBLOCK = struct.Struct("<8sQ16s")
 _HEADER = struct.Struct("<QQQQ16s")
 HEADER_BYTES = 64
 UNCOMMITTED = 0
+DIGEST_BYTES = 16
 DIGEST_TIMEOUT_SECONDS = 600.0
 
 
@@ -80,25 +81,50 @@ def digest_bytes(data: bytes | memoryview) -> bytes:
     return xxhash.xxh3_128_digest(data)
 
 
-def region_digests(pool: DigestPool, base: int, regions: Sequence[tuple[str, int, int]]) -> dict[str, str]:
-    """Digests of regions, hexadecimal: XXH3-128 over the XXH3-128 of every 4 MiB of a region.
+@dataclass(frozen=True, slots=True)
+class DigestedRegion:
+    """A part of a slot with a digest of its own: pieces of `sizes` (bytes), one after the other from `offset` on."""
+
+    name: str
+    offset: int
+    sizes: tuple[int, ...]
+
+
+def region_digests(pool: DigestPool, base: int, regions: Sequence[DigestedRegion]) -> dict[str, str]:
+    """Digests of regions in host memory, hexadecimal, by name. `join_digests` says what they are.
 
     Args:
         pool: does the work.
         base: address of the slot's data.
-        regions: (name, offset from `base`, bytes).
+        regions: where they lie, from `base` on.
 
     Raises:
         EngineError: the pool is closed, or took longer than DIGEST_TIMEOUT_SECONDS.
     """
-    addresses = np.array([base + offset for _, offset, _ in regions], dtype=np.uint64)
-    ticket = pool.submit(addresses, np.array([nbytes for _, _, nbytes in regions], dtype=np.uint64))
+    sizes = np.array([size for region in regions for size in region.sizes], dtype=np.uint64)
+    starts = [np.cumsum((region.offset, *region.sizes[:-1]), dtype=np.uint64) for region in regions if region.sizes]
+    addresses = np.concatenate([np.zeros(0, np.uint64), *starts]) + np.uint64(base)
+    ticket = pool.submit(addresses, sizes)
     found = pool.wait(ticket, DIGEST_TIMEOUT_SECONDS)
     if found is None:
         # Returns only when no thread reads the memory any more.
         pool.cancel(ticket)
         raise EngineError(f"digests took longer than {DIGEST_TIMEOUT_SECONDS:g} s")
-    return {name: found[16 * i : 16 * i + 16].hex() for i, (name, _, _) in enumerate(regions)}
+    return join_digests(found, regions)
+
+
+def join_digests(found: bytes, regions: Sequence[DigestedRegion]) -> dict[str, str]:
+    """A region's digest, hexadecimal, by name: the XXH3-128 of its pieces' digests, 16 bytes each, in their order.
+
+    A piece's digest is that of `DigestPool` and `DeviceDigests`. Pieces have digests of their own because they lie
+    apart on the device.
+    """
+    digests, begin = {}, 0
+    for region in regions:
+        end = begin + DIGEST_BYTES * len(region.sizes)
+        digests[region.name] = digest_bytes(found[begin:end]).hex()
+        begin = end
+    return digests
 
 
 def encode_superblock(content: Mapping[str, Any], magic: bytes = SUPERBLOCK_MAGIC) -> bytes:

@@ -12,7 +12,7 @@ from megatron.moevement.transcript.keys import BoundaryKey, Direction
 from megatron.moevement.transcript.records import Index, Place, Receipt, Record, aligned, place_digests, verified
 from moevement_ext import DigestPool, HostRegion
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAGIC = b"MOEVTRN" + bytes([FORMAT_VERSION])
 _GEOMETRY = "geometry"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.moevement.errors import TranscriptInvalid
-from megatron.moevement.store.format import region_digests
+from megatron.moevement.store.format import DigestedRegion, region_digests
 from megatron.moevement.transcript.keys import BoundaryKey, Direction
 from moevement_ext import DigestPool
 
@@ -95,7 +95,8 @@ def place_digests(pool: DigestPool, base: int, places: Sequence[Place]) -> list[
     """Digests of the bytes at `places`, which lie at address `base`."""
     if not places:
         return []
-    found = region_digests(pool, base, [(str(i), place.offset, place.nbytes) for i, place in enumerate(places)])
+    regions = [DigestedRegion(str(i), place.offset, (place.nbytes,)) for i, place in enumerate(places)]
+    found = region_digests(pool, base, regions)
     return [found[str(i)] for i in range(len(places))]
 
 

@@ -8,7 +8,10 @@ import pytest
 from megatron.moevement.operators.state import MemoryRange
 from megatron.moevement.snapshot import bandwidth
 from megatron.moevement.snapshot.bandwidth import Chunks, choose_chunks, measure_bandwidth, measure_digests
-from moevement_ext import CopyEngine, DigestPool, EngineError
+from moevement_ext import CopyEngine, DeviceDigests, DigestPool, EngineError
+from tests.support.engines import SlowDigests
+from tests.support.slots import MemoryState
+from tests.support.tables import small_table
 
 MIB = 1 << 20
 CHUNKS = Chunks(64 * 1024, 2)
@@ -77,8 +80,23 @@ def test_with_nothing_to_weigh_the_smallest_of_the_best_is_chosen() -> None:
     assert choose_chunks({SMALL: 4e10, LARGE: 5e10}, 9, 0.0) == LARGE
 
 
-def test_digests_are_measured_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digests_are_measured_where_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bandwidth, "DIGEST_MEASURE_BYTES", MIB)
-    assert measure_digests(None) == float("inf")
+    state = MemoryState(small_table())
+    assert measure_digests(None, state) == float("inf")
     with DigestPool() as pool:
-        assert 0 < measure_digests(pool) < float("inf")
+        assert 0 < measure_digests(pool, state) < float("inf")
+        pool.close()
+        # With the device's digests nobody asks the pool.
+        with DeviceDigests(ranges_limit=1000, bytes_limit=64 * MIB) as device:
+            assert 0 < measure_digests(pool, state, device) < float("inf")
+        with pytest.raises(EngineError, match="closed"):
+            measure_digests(None, state, device)
+
+
+def test_a_digest_probe_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bandwidth, "TIMEOUT_SECONDS", 0.01)
+    device = SlowDigests(ranges_limit=1000, bytes_limit=64 * MIB)
+    with pytest.raises(EngineError, match="digest probe took longer than"):
+        measure_digests(None, MemoryState(small_table()), device)
+    assert device.cancelled == [1]

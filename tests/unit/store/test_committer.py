@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron.moevement.recovery.sources import SlotReader
-from megatron.moevement.snapshot.layout import slot_layout
+from megatron.moevement.snapshot.layout import digested_regions, slot_layout
 from megatron.moevement.store.committer import Committed, Committer, CopiedSlot
 from megatron.moevement.store.host_store import HostStore
 from moevement_ext import DigestPool
@@ -24,7 +24,7 @@ def copied(store: HostStore, step: int) -> CopiedSlot:
     assert lease is not None
     layout = slot_layout(TABLE, spec.full, spec.weights_only, [BUFFER])
     write_leased(lease, bytes((i + step) % 256 for i in range(layout.nbytes)))
-    return CopiedSlot(lease, manifest(spec), tuple((r.name, r.offset, r.nbytes) for r in layout), layout.nbytes)
+    return CopiedSlot(lease, manifest(spec), digested_regions(layout), layout.nbytes)
 
 
 @pytest.mark.parametrize("digest", [True, False])
@@ -36,7 +36,7 @@ def test_digests_are_those_of_the_data(tmp_path: Path, digest: bool) -> None:
     committer.drain()
     assert [c.error for c in done] == [""] and done[0].slot is slot and 3 in store.committed
     data, _ = store.data(3)
-    wanted = {name: expected_digest(data[at : at + size]) for name, at, size in slot.regions}
+    wanted = {region.name: expected_digest(data[region.offset :], region.sizes) for region in slot.regions}
     assert store.manifest(3).digests == (wanted if digest else {})
     assert bool(SlotReader(store, TABLE, 0, digests=DigestPool()).verified()[0]) == digest
     committer.close()

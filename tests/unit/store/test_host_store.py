@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron.moevement.errors import SlotInvalid, StoreError
 from megatron.moevement.recovery.sources import SlotReader
-from megatron.moevement.snapshot.layout import slot_layout
+from megatron.moevement.snapshot.layout import digested_regions, slot_layout
 from megatron.moevement.store import format as fmt
 from megatron.moevement.store.committer import Committer, CopiedSlot
 from megatron.moevement.store.host_store import HostStore
@@ -30,7 +30,7 @@ def write(store: HostStore, spec: SlotSpec, rank: int = 0, run_id: str = "run") 
     assert lease is not None
     layout = slot_layout(TABLE, spec.full, spec.weights_only, [BUFFER])
     write_leased(lease, bytes((i * 7 + spec.step) % 256 for i in range(layout.nbytes)))
-    regions = tuple((r.name, r.offset, r.nbytes) for r in layout)
+    regions = digested_regions(layout)
     errors: list[str] = []
     committer = Committer(store, DigestPool(), lambda done: errors.append(done.error))
     committer.submit(CopiedSlot(lease, manifest(spec, rank, run_id), regions, layout.nbytes))

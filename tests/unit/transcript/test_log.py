@@ -145,7 +145,7 @@ def test_the_superblock_is_guarded(tmp_path: Path) -> None:
     for damage, error, text in (
         (whole[:40] + b"?" + whole[41:], TranscriptInvalid, "superblock is damaged"),
         (whole[: len(whole) // 2], TranscriptInvalid, "bytes long"),
-        (b"MOEVTRN\x09" + whole[8:], StoreError, "transcript format 9, this version reads 1"),
+        (b"MOEVTRN\x09" + whole[8:], StoreError, "transcript format 9, this version reads 2"),
         (b"something else" + whole[14:], StoreError, "not a transcript store"),
     ):
         path.write_bytes(damage)
