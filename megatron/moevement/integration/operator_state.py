@@ -37,7 +37,8 @@ class OperatorState:
         self._owned = find_owned(job.chunks, job.optimizer)
         self._table = operator_table(job.chunks, self._owned)
         self._popularity = RouterPopularity(job.chunks)
-        self._clones: list[torch.Tensor] = []
+        # Of the newest slot; its buffers must live until they are copied.
+        self._started: tuple[StartState, list[torch.Tensor]] | None = None
         self._remembered: tuple[StartState, list[torch.Tensor]] | None = None
         # AdamW makes its state in its first step; slots need it from Step 0.
         dense_state.create_moments(job)
@@ -90,12 +91,13 @@ class OperatorState:
 
     def start_state(self, step: int) -> tuple[StartState, Sequence[MemoryRange]]:
         """RNG, scheduler, scalers, data position; buffers are cloned, because an iteration changes them early."""
-        state, self._clones = self._start_state(step)
-        return state, _ranges(self._clones)
+        state, clones = self._started = self._start_state(step)
+        return state, _ranges(clones)
 
     def remember(self, step: int) -> None:
         """Keeps what an iteration changes besides operators, so that `rewind` can undo an iteration half run."""
-        self._remembered = self._start_state(step)
+        started = self._started
+        self._remembered = started if started is not None and started[0].step == step else self._start_state(step)
 
     def rewind(self) -> bool:
         """Undoes an iteration that was interrupted before its update; False if none of `job.step` was begun."""

@@ -44,7 +44,6 @@ class _UnderWay:
     layout: SlotLayout
     start: StartState
     record: IterationRecord | None
-    adam_steps: dict[str, tuple[float, ...]]
     ticket: int
     digest_ticket: int | None
     submitted_time: float
@@ -118,8 +117,7 @@ class Capture:
         except (EngineError, ValueError) as error:
             self._give_up(lease, None, digest_ticket)
             raise MoevementError(f"copy engine: {error}") from error
-        adam_steps = {name: self._state.adam_steps(name) for name in spec.full}
-        self._under_way = _UnderWay(spec, lease, layout, start, record, adam_steps, ticket, digest_ticket, submitted)
+        self._under_way = _UnderWay(spec, lease, layout, start, record, ticket, digest_ticket, submitted)
         return layout.nbytes
 
     def fence(self) -> tuple[CopiedSlot | None, float]:
@@ -153,7 +151,8 @@ class Capture:
             spec=spec,
             start=under_way.start,
             record=under_way.record,
-            adam_steps=under_way.adam_steps,
+            # The optimizer counts on behind the fence; here the device has work to do meanwhile.
+            adam_steps={name: self._state.adam_steps(name) for name in spec.full},
             digests={},
         )
         copy = self._engine.stats(under_way.ticket)
