@@ -8,7 +8,7 @@ Blocks of iterations alternate between the variants. `off`: the manager isn't ca
 iteration, with digests as `--digest` says; `sparse-undigested`: without. `sparse-copy`: what a slot holds, by torch's
 `copy_` on a side stream. `dense-sync`, `dense-side`: everything in every iteration by `copy_`, waited for at once or on
 a side stream. A sparse variant may have switches, such as `sparse:digests=host`, `sparse:digests=device:blocks=32`,
-`sparse:chunks=2x4` (MiB, in flight), `sparse:spread=0.9` or `sparse:pauses` (scripts/bench/switches.py).
+`sparse:chunks=2x4` (MiB, in flight), `sparse:copies=off:digests=off` or `sparse:pauses` (scripts/bench/switches.py).
 `dcp`: torch.distributed.checkpoint.async_save of everything in every iteration; `nvrx`: the local checkpoint of
 nvidia-resiliency-ext; both run after the others, because a save takes many iterations. The first iteration of a block
 isn't counted, because the block before it is still being digested. Besides the time of iterations it shows how long

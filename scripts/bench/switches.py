@@ -90,9 +90,13 @@ class SwitchedDigests(DeviceDigests):
 
 
 class SwitchedEngine(CopyEngine):
-    """A copy engine that can be told to spread what it is given; `made` are all engines of this process."""
+    """A copy engine that can be told to spread what it is given, or to copy next to nothing of it.
+
+    `made` are all engines of this process.
+    """
 
     spread_seconds = 0.0
+    copies = True
     made: ClassVar[list[SwitchedEngine]] = []
 
     def __init__(self, *arguments: Any, **limits: Any) -> None:
@@ -111,6 +115,8 @@ class SwitchedEngine(CopyEngine):
 
     def submit(self, *arguments: Any, **options: Any) -> int:
         """Queues a batch."""
+        if not self.copies:
+            arguments, options = tuple(array[:1] for array in arguments), {**options, "groups": [("nothing", 1)]}
         return super().submit(*arguments, **{"spread_seconds": self.spread_seconds, **options})
 
 
@@ -121,12 +127,13 @@ class Switched:
         inner: the manager's hooks.
         engine: the manager's copy engine.
         text: with `:` in between, `digests=off`, `device`, `host`, or `8` (threads of the host), `blocks=64` (of the
-            device's digests), `chunks=4x2` (MiB, in flight), `spread=0.9` (of the time until the fence), `pauses`.
+            device's digests), `chunks=4x2` (MiB, in flight), `spread=0.9` (of the time until the fence), `pauses`,
+            `copies=off` (one piece, for the cost of all else).
     """
 
     def __init__(self, inner: Any, engine: SwitchedEngine, text: str) -> None:
         words = dict(word.partition("=")[::2] for word in text.split(":") if word)
-        unknown = set(words) - {"digests", "blocks", "chunks", "spread", "pauses"}
+        unknown = set(words) - {"digests", "blocks", "chunks", "spread", "pauses", "copies"}
         if unknown:
             raise ValueError(f"--variants: {text}: unknown {unknown.pop()}")
         self._inner, self._engine = inner, engine
@@ -141,6 +148,7 @@ class Switched:
         size, _, flight = words["chunks"].partition("x") if "chunks" in words else ("", "", "")
         self._chunks = (int(float(size) * MIB), int(flight)) if size else None
         self._spread, self._pauses = float(words.get("spread", 0)), "pauses" in words
+        self._copies = {"on": True, "off": False}[words.get("copies", "on")]
         self._seconds: deque[float] = deque(maxlen=5)
         self._started = 0.0
 
@@ -152,6 +160,7 @@ class Switched:
         if chunks:
             self._engine.set_switched(*chunks)
         self._engine.spread_seconds = self._spread * statistics.median(self._seconds or [0.0])
+        self._engine.copies = self._copies
         if self._pauses:
             Pauses.engine = self._engine
         self._started = time.perf_counter()
