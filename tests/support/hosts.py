@@ -116,6 +116,15 @@ class Hosts:
             return [int(path.name) for path in Path("/proc").glob("[0-9]*") if _pid_space(path) == space]
         return []
 
+    def find(self, name: str, pid: int) -> int:
+        """The pid on this machine of a process that calls itself `pid` on its host."""
+        for process in self.processes(name):
+            with contextlib.suppress(OSError):
+                status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+                if status["NSpid"].split()[-1] == str(pid):
+                    return process
+        raise AssertionError(f"{name}: no process {pid}")
+
     def crash(self, name: str) -> None:
         """The host is gone at once, with its processes and its memory."""
         process, first = self._booted.pop(name)

@@ -93,7 +93,7 @@ class Slurm:
             lines = self.client("sinfo", "-N", "-h", "-o", "%N %T").splitlines()
         except AssertionError:
             return {}  # the controller isn't up yet
-        return {name: state for name, state in (line.split() for line in lines)}
+        return {name: state for line in lines for name, state in [line.split()]}
 
     def submit(self, words: Sequence[str], environment: Mapping[str, str]) -> int:
         """`sbatch` with these words; the job's number."""
