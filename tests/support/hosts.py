@@ -148,6 +148,14 @@ class Hosts:
             _ip("netns", "delete", path.name)
 
 
+def alive(pid: int) -> bool:
+    """Whether a process still runs; who has ended stays a zombie where the first process of its host reaps nobody."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 def _pid_space(process: Path) -> str:
     try:
         return os.readlink(process / "ns" / "pid")

@@ -102,7 +102,8 @@ class Slurm:
     def job(self, number: int) -> dict[str, str]:
         """What Slurm says of a job."""
         words = self.client("scontrol", "show", "job", "-o", str(number)).split()
-        return {name: value for name, _, value in (word.partition("=") for word in words)}
+        said = dict(word.split("=", 1) for word in words if "=" in word)
+        return {name: said[name] for name in ("JobState", "ExitCode", "Restarts", "NodeList")}
 
     def cancel(self, number: int) -> None:
         """Ends a job."""
