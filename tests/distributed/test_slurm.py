@@ -185,6 +185,7 @@ def test_a_host_that_is_cut_off_fences_itself(cluster: Cluster, lab: Lab) -> Non
     campaign = cluster.wait_for_end()
     assert_exact(lab, SCENARIO, campaign)
     assert_taken_over(cluster, campaign, before)
+    assert "this node fences itself" in campaign.output
 
 
 def test_a_lost_head_is_requeued_elsewhere(cluster: Cluster, lab: Lab) -> None:
@@ -196,6 +197,23 @@ def test_a_lost_head_is_requeued_elsewhere(cluster: Cluster, lab: Lab) -> None:
     # What they print is lost with srun, which was on n1.
     cluster.wait_for_deaths(workers)
     assert cluster.slurm.job(cluster.number)["Restarts"] == "0", "they have ended by themselves"
+    campaign = cluster.wait_for_end()
+    assert_exact(lab, SCENARIO, campaign)
+    assert_requeued(cluster, campaign, "n1")
+
+
+def test_a_head_that_is_cut_off_meets_no_later_life(cluster: Cluster, lab: Lab) -> None:
+    """Neither side can go on: both stop, Slurm's side requeues, the other one must leave the second life alone."""
+    cluster.submit(spares=1)
+    cluster.wait_for_iteration(FAULT)
+    lives = {rank: cluster.pids(rank) for rank in range(4)}
+    workers = [*cluster.workers(lives, (0, 1)), *cluster.workers(lives, (2, 3))]
+    cluster.hosts.cut("n1")
+    cluster.tell("n1 cut off")
+    cluster.wait_for_deaths(workers)
+    wait(lambda: all(len(cluster.pids(rank)) == 2 for rank in range(4)), cluster.complain)
+    cluster.hosts.mend("n1")
+    cluster.tell(f"n1 is back in the second life, with {len(cluster.hosts.processes('n1'))} processes")
     campaign = cluster.wait_for_end()
     assert_exact(lab, SCENARIO, campaign)
     assert_requeued(cluster, campaign, "n1")
