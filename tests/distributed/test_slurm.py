@@ -43,10 +43,10 @@ class Cluster:
     number: int = 0
     began: float = field(default_factory=time.monotonic)
 
-    def submit(self, spares: int) -> None:
-        """Hands the job to Slurm."""
+    def submit(self, spares: int, *flags: str) -> None:
+        """Hands the job to Slurm, with these flags of `sbatch`."""
         output = self.folder / "output.txt"
-        words = [f"--nodes={2 + spares}", f"--output={output}", f"--chdir={ROOT}", str(BATCH_SCRIPT)]
+        words = [f"--nodes={2 + spares}", f"--output={output}", f"--chdir={ROOT}", *flags, str(BATCH_SCRIPT)]
         words += ["--spares", str(spares), "--nproc-per-node", "2", *self.job.words()]
         environment = {**self.job.environment(), "PYTHON": sys.executable, "TMPDIR": str(self.folder)}
         self.number = self.slurm.submit(words, environment)
@@ -239,6 +239,29 @@ def assert_requeued(cluster: Cluster, campaign: Campaign, lost: str) -> None:
     assert all(len(life) == 2 and life[1] != lost for life in lives), lives
     loaded = [line for line in campaign.output.splitlines() if "dense checkpoint of step" in line and "loaded" in line]
     assert len(loaded) == 1, campaign.output[-4000:]
+
+
+def test_a_stopped_job_goes_on_from_slots_on_the_same_nodes(cluster: Cluster, lab: Lab) -> None:
+    cluster.job.flags += ("--max-failures", "0")
+    cluster.submit(0, "--nodelist=n1,n2")
+    cluster.wait_for_iteration(FAULT)
+    (worker,) = cluster.workers({1: cluster.pids(1)}, (1,))
+    os.kill(worker, signal.SIGKILL)
+    cluster.wait_for_output("more than 0 failures")
+    campaign = cluster.wait_for_end()
+    assert_exact(lab, SCENARIO, campaign)
+    assert cluster.slurm.job(cluster.number)["Restarts"] == "1"
+    starts = [line for line in campaign.output.splitlines() if line.startswith("start: ")]
+    assert len(starts) == 2 and "slots" in starts[1], starts
+
+
+def test_a_cancelled_job_leaves_nothing_behind(cluster: Cluster) -> None:
+    cluster.submit(spares=1)
+    cluster.wait_for_iteration(1)
+    cluster.slurm.cancel(cluster.number)
+    wait(lambda: cluster.slurm.job(cluster.number)["JobState"] == "CANCELLED", cluster.complain)
+    wait(lambda: not cluster.job.left(), lambda: "\n".join(cluster.job.left()))
+    assert cluster.slurm.job(cluster.number)["Restarts"] == "0"
 
 
 def test_bad_input_is_not_requeued(cluster: Cluster) -> None:
