@@ -107,7 +107,9 @@ class Cluster:
 @pytest.fixture
 def cluster(lab: Lab, tmp_path: Path) -> Iterator[Cluster]:
     installed = subprocess.run([ROOT / "scripts" / "slurm" / "install.sh"], capture_output=True, text=True, timeout=500)
-    missing = remedy() or (installed.stderr.strip() if installed.returncode else "")
+    missing = remedy()
+    if installed.returncode and not missing:
+        missing = f"needs Slurm; scripts/slurm/install.sh says: {installed.stderr.strip().splitlines()[-1]}"
     if missing:
         pytest.skip(missing)
     sparse = sparse_flags(Path("/dev/shm/slots"), "job", 2, "rolling", "--sparse-ckpt-reorder", "off")
