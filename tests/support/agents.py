@@ -39,15 +39,17 @@ class Agents:
         """One more agent."""
         errors = (self.folder / f"agent-{len(self.agents)}.err").open("w")
         with errors:
-            agent = subprocess.Popen(
-                [sys.executable, "-m", "megatron.moevement.agent", *flags, *self.arguments],
-                env={**os.environ, _ID: self.id, "OMP_NUM_THREADS": "1"},
-                cwd=ROOT,
-                stderr=errors,
-                text=True,
-            )
+            agent = subprocess.Popen(self.command(*flags), env=self.environment(), cwd=ROOT, stderr=errors, text=True)
         self.agents.append(agent)
         return agent
+
+    def command(self, *flags: str) -> list[str]:
+        """What an agent is started with."""
+        return [sys.executable, "-m", "megatron.moevement.agent", *flags, *self.arguments]
+
+    def environment(self) -> dict[str, str]:
+        """Of an agent."""
+        return {**os.environ, _ID: self.id, "OMP_NUM_THREADS": "1"}
 
     def said(self, agent: int = 0) -> str:
         """What an agent (and its workers) printed."""

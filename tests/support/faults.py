@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,13 @@ def _kill_in_forward(fault: Fault) -> None:
 
     _before(train_loop, "run_forward_backward", note)
     _before(forward, "_forward_step", step)
+
+
+def _slow(fault: Fault) -> None:
+    """Every iteration takes `seconds` more, so that something can be done to the job meanwhile."""
+    from megatron.moevement.integration import train_loop
+
+    _before(train_loop, "run_forward_backward", lambda *_: time.sleep(fault["seconds"]))
 
 
 def _kill_in_hook(name: str) -> Callable[[Fault], None]:
@@ -327,6 +335,7 @@ def _lose_files(fault: Fault) -> None:
 
 
 POINTS: dict[str, Callable[[Fault], None]] = {
+    "slow": _slow,
     "forward": _kill_in_forward,
     "before_forward": _kill_in_hook("before_forward"),
     "before_optimizer": _kill_in_hook("before_optimizer_step"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -50,7 +51,7 @@ class Campaign:
 
     outcome: Outcome
     events: dict[int, list[Event]]
-    processes: dict[int, list[dict[str, int]]]
+    processes: dict[int, list[Event]]
     left: list[str]
     seconds: float
 
@@ -107,46 +108,63 @@ class AgentJob:
     flags: tuple[str, ...] = ()
     timeout_seconds: float = 1200.0
     meanwhile: Callable[[AgentJob], None] | None = None
+    _word: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def run(self) -> Campaign:
         """Runs the job to its end."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        word, started = uuid.uuid4().hex, time.monotonic()
+        started = time.monotonic()
+        command = [sys.executable, "-m", "megatron.moevement.agent", "--nproc-per-node", str(self.world_size)]
+        command += self.words()
+        with (self.directory / "output.txt").open("w") as output:
+            agent = subprocess.Popen(command, cwd=ROOT, env=self.environment(), stdout=output, stderr=output)
+        try:
+            status = self._wait(agent)
+            left = self.left()
+        finally:
+            agent.kill()
+            agent.wait()
+            self.kill_what_is_left()
+        return self.campaign(status, left, time.monotonic() - started)
+
+    def environment(self) -> dict[str, str]:
+        """Of the agent."""
         settings = {"folder": str(self.directory), "faults": self.faults}
-        environment = {
+        return {
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
             "PYTHONPATH": str(ROOT),
             SETTINGS: json.dumps(settings),
-            _ID: word,
+            _ID: self._word,
         }
-        with (self.directory / "output.txt").open("w") as output:
-            agent = subprocess.Popen(self._command(), cwd=ROOT, env=environment, stdout=output, stderr=output)
-        try:
-            status = self._wait(agent)
-            left = _left(word)
-        finally:
-            agent.kill()
-            agent.wait()
-            for line in _left(word):
-                os.kill(int(line.split()[0]), signal.SIGKILL)
-        text = (self.directory / "output.txt").read_text()
-        outcome = Outcome([status], text)
+
+    def campaign(self, status: int, left: list[str], seconds: float) -> Campaign:
+        """How it ended."""
+        outcome = Outcome([status], (self.directory / "output.txt").read_text())
         for rank in range(self.world_size):
             path = self.directory / f"digest.rank{rank:05d}.json"
             if path.exists():
                 outcome.digests[rank] = json.loads(path.read_text())
-        return Campaign(outcome, self.events(), self.processes(), left, time.monotonic() - started)
+        return Campaign(outcome, self.events(), self.processes(), left, seconds)
 
-    def _command(self) -> list[str]:
-        agent = ["-m", "megatron.moevement.agent", "--nproc-per-node", str(self.world_size), "--replacement", "fork"]
+    def words(self) -> list[str]:
+        """The agent's command line, without the node's place in the job."""
         # No limit of its own counts a job whose purpose is to fail; a busy machine makes no worker hang.
-        limits = ["--max-failures", "1000", "--max-failures-without-progress", "20", "--hang-timeout-seconds", "60"]
+        limits = [
+            "--replacement",
+            "fork",
+            "--max-failures",
+            "1000",
+            "--max-failures-without-progress",
+            "20",
+            "--hang-timeout-seconds",
+            "60",
+        ]
         arguments = [*self.arguments, "--state-digest", str(self.directory / "digest")]
         arguments += ["--sparse-ckpt-log-dir", str(self.directory / "events")]
         plan = ["--sparse-ckpt-inject", self.plan] if self.plan else []
-        return [sys.executable, *agent, *limits, *self.flags, str(WORKER), *arguments, *plan]
+        return [*limits, *self.flags, str(WORKER), *arguments, *plan]
 
     def _wait(self, agent: subprocess.Popen[bytes]) -> int:
         deadline = time.monotonic() + self.timeout_seconds
@@ -162,9 +180,27 @@ class AgentJob:
             rank: _lines(self.directory / "events" / f"events.rank{rank:05d}.jsonl") for rank in range(self.world_size)
         }
 
-    def processes(self) -> dict[int, list[dict[str, int]]]:
-        """The processes of every rank so far, the first one first."""
+    def processes(self) -> dict[int, list[Event]]:
+        """The processes of every rank so far, the first one first: `pid` on its `host`, and `generation`."""
         return {rank: _lines(self.directory / f"processes.{rank}") for rank in range(self.world_size)}
+
+    def left(self) -> list[str]:
+        """Processes of this job that are still there: pid and what runs."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if self._word.encode() in path.read_bytes():
+                    command = (path.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    found.append(f"{path.parent.name} {command[:80]}")
+            except OSError:
+                continue  # it has ended, or is not ours
+        return found
+
+    def kill_what_is_left(self) -> None:
+        """Kills every process of this job."""
+        for line in self.left():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(line.split()[0]), signal.SIGKILL)
 
 
 def _lines(path: Path) -> list[Event]:
@@ -175,17 +211,4 @@ def _lines(path: Path) -> list[Event]:
             found.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return found
-
-
-def _left(word: str) -> list[str]:
-    """Processes of a job that are still there: pid and what runs."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if word.encode() in path.read_bytes():
-                command = (path.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                found.append(f"{path.parent.name} {command[:80]}")
-        except OSError:
-            continue  # it has ended, or is not ours
     return found

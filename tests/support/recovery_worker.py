@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def main() -> int:
     settings: dict[str, Any] = json.loads(os.environ[SETTINGS])
     rank, generation = os.environ["RANK"], os.environ["MOEVEMENT_GENERATION"]
     with (Path(settings["folder"]) / f"processes.{rank}").open("a") as file:
-        file.write(json.dumps({"pid": os.getpid(), "generation": int(generation)}) + "\n")
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "generation": int(generation)}) + "\n")
     if settings["faults"]:
         # As pretrain_gpt.py does before it imports what faults change.
         from megatron.moevement.integration import preload  # noqa: F401

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.moevement.agent.head import Limits
+from megatron.moevement.agent.slurm import NotUnderSlurm, place
 from megatron.moevement.agent.spawn import KINDS
 from megatron.moevement.arguments import OneLineParser
 
@@ -39,13 +41,14 @@ class Options:
     script: tuple[str, ...]
 
 
-def parse(argv: Sequence[str]) -> Options:
+def parse(argv: Sequence[str], environment: Mapping[str, str] = os.environ) -> Options:
     """The options; a bad one is one line on standard error and exit status 2."""
     parser = _parser()
     given = parser.parse_args(argv)
     for flag in ("nproc_per_node", "nnodes"):
-        if getattr(given, flag) < 1:
+        if getattr(given, flag) is not None and getattr(given, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')} {getattr(given, flag)}: give 1 or more")
+    _place(parser, given, environment)
     for flag in ("max_failures", "max_failures_without_progress"):
         if getattr(given, flag) < 0:
             parser.error(f"--{flag.replace('_', '-')} {getattr(given, flag)}: give 0 or more")
@@ -78,6 +81,29 @@ def parse(argv: Sequence[str]) -> Options:
         grace_seconds=given.grace_seconds,
         script=(given.script, *given.arguments),
     )
+
+
+def _place(parser: OneLineParser, given: argparse.Namespace, environment: Mapping[str, str]) -> None:
+    """Fills in what isn't given: by Slurm's environment, or for one node."""
+    if given.slurm:
+        for flag, value in (("--nnodes", given.nnodes), ("--node-rank", given.node_rank)):
+            if value is not None:
+                parser.error(f"{flag} {value}: Slurm says it; leave it out, or --slurm")
+        if given.spare:
+            parser.error("--spare: Slurm says which nodes are spares; give their number as --spares")
+        spares = given.spares or 0
+        if spares < 0:
+            parser.error(f"--spares {spares}: give 0 or more")
+        try:
+            found = place(environment, spares)
+        except NotUnderSlurm as error:
+            parser.error(f"--slurm: {error}")
+        given.nnodes, given.node_rank, given.spare = found.nnodes, found.node_rank, found.node_rank is None
+        given.head = given.head or "{}:{}".format(*found.head)
+        given.nproc_per_node = given.nproc_per_node or found.gpus
+    elif given.spares is not None:
+        parser.error(f"--spares {given.spares}: only with --slurm; start each spare's agent with --spare")
+    given.nproc_per_node, given.nnodes = given.nproc_per_node or 1, given.nnodes or 1
 
 
 def _node_rank(parser: OneLineParser, given: argparse.Namespace) -> int | None:
@@ -122,11 +148,15 @@ def _parser() -> OneLineParser:
         "75 stopped cleanly (start it again to go on).",
     )
     add = parser.add_argument
-    add("--nproc-per-node", type=int, default=1, metavar="N", help="workers on this node (default: 1)")
-    add("--nnodes", type=int, default=1, metavar="M", help="nodes of the job without spares (default: 1)")
+    text = "workers on this node (default: 1, with --slurm the node's GPUs in the job)"
+    add("--nproc-per-node", type=int, metavar="N", help=text)
+    add("--nnodes", type=int, metavar="M", help="nodes of the job without spares (default: 1)")
     add("--node-rank", type=int, metavar="I", help="which of the nodes this is; 0 is the head")
     add("--head", metavar="HOST:PORT", help="where the head listens; needed with several nodes")
     add("--spare", action="store_true", help="this node waits until it takes over a lost node's ranks")
+    text = "take --nnodes, --node-rank or --spare, and --head from Slurm's environment; one agent a node under srun"
+    add("--slurm", action="store_true", help=text)
+    add("--spares", type=int, metavar="K", help="with --slurm: the last K nodes are spares (default: 0)")
     kinds = "cold: new process; warm: an idle one with everything imported; fork: a fork of such a one"
     add("--replacement", choices=KINDS, default="warm", help=f"{kinds} (default: warm)")
     text = f"modules that warm and forked workers have imported, by commas (default: {PRELOAD})"

@@ -9,7 +9,7 @@ SCRIPT = str(Path(__file__))
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     with pytest.raises(SystemExit) as end:
-        parse(words)
+        parse(words, {})
     assert end.value.code == 2
     lines = capsys.readouterr().err.strip().split("\n")
     assert len(lines) == 1
@@ -37,6 +37,18 @@ def test_every_flag_arrives() -> None:
     assert (spare.node_rank, spare.head) == (None, ("::1", 2900))
 
 
+STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_NODES": "3", "SLURM_STEP_NODELIST": "n[1-3]", "SLURM_LOCALID": "0"}
+
+
+def test_slurm_says_what_is_not_given() -> None:
+    first = parse(["--slurm", "--spares", "1", SCRIPT], {**STEP, "SLURM_NODEID": "0", "SLURM_GPUS_ON_NODE": "8"})
+    assert (first.nnodes, first.node_rank, first.head, first.nproc_per_node) == (2, 0, ("n1", 20007), 8)
+    spare = parse([*"--slurm --spares 1 --head h:99 --nproc-per-node 4".split(), SCRIPT], {**STEP, "SLURM_NODEID": "2"})
+    assert (spare.nnodes, spare.node_rank, spare.head, spare.nproc_per_node) == (2, None, ("h", 99), 4)
+    all_work = parse(["--slurm", SCRIPT], {**STEP, "SLURM_NODEID": "2"})
+    assert (all_work.nnodes, all_work.node_rank, all_work.nproc_per_node) == (3, 2, 1)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -55,6 +67,12 @@ def test_every_flag_arrives() -> None:
             "--nnodes 2 --head h:1 --spare --node-rank 1 S",
             "--node-rank 1: a --spare has none until it takes over; leave one of the two out",
         ),
+        ("--slurm --nnodes 2 S", "--nnodes 2: Slurm says it; leave it out, or --slurm"),
+        ("--slurm --node-rank 0 S", "--node-rank 0: Slurm says it; leave it out, or --slurm"),
+        ("--slurm --spare S", "--spare: Slurm says which nodes are spares; give their number as --spares"),
+        ("--slurm --spares -1 S", "--spares -1: give 0 or more"),
+        ("--slurm S", "--slurm: SLURM_JOB_ID is not set; start the agents with srun --ntasks-per-node=1"),
+        ("--spares 1 S", "--spares 1: only with --slurm; start each spare's agent with --spare"),
         ("--preload no_such_module S", "--preload no_such_module: no such module; give names that Python can import"),
         ("no_script.py", "SCRIPT no_script.py: no such file; give the path of the training script"),
     ],
