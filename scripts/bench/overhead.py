@@ -1,7 +1,7 @@
 """What a sparse snapshot in every iteration costs: iterations with and without, interleaved in one run of one job.
 
     python scripts/bench/overhead.py                                       the demo's model on the CPU, 4 processes
-    python scripts/bench/overhead.py --model 16-experts --window auto      2.6 B parameters on one GPU
+    python scripts/bench/overhead.py --model 16-experts --window auto      1.7 B parameters on one GPU
     python scripts/bench/overhead.py --model 64-experts --variants off,sparse,sparse-undigested,dcp,nvrx
 
 Blocks of iterations alternate between the variants. `off`: the manager isn't called. `sparse`: a slot in every
@@ -84,14 +84,28 @@ def main() -> int:
         prepare = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), "--python-stdlib"]
         subprocess.run([*prepare, "--max-megabytes", "2", "--output-prefix", str(corpus)], check=True, stdout=2)
         raw = Path(scratch) / "raw.json"
-        status = subprocess.run(job_command(options, corpus, raw), cwd=ROOT, env=environment(), check=False).returncode
+        status = run_job(job_command(options, corpus, raw), options.limit_seconds)
         if status:
-            return status
+            print(f"the job ended with status {status}: results are of what it measured before", file=sys.stderr)
+        if not raw.exists():
+            return status or 1
         result = summarize(options, json.loads(raw.read_text()))
     output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     plot(result, output.with_suffix(".png"))
     print_table(result)
-    return 0
+    return status
+
+
+def run_job(command: list[str], limit_seconds: float | None) -> int:
+    """The job's status; 124 if it takes longer than the limit. Its workers don't outlive it."""
+    with subprocess.Popen(command, cwd=ROOT, env=environment()) as job:
+        try:
+            return job.wait(limit_seconds)
+        except subprocess.TimeoutExpired:
+            # The launcher ends its workers, and kills those that don't within half a minute.
+            job.terminate()
+            job.wait()
+            return 124
 
 
 def parse() -> argparse.Namespace:
@@ -107,8 +121,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--slow-iterations", type=int, default=3, help="counted iterations of dcp and nvrx")
     parser.add_argument("--scratch", default="", help="directory for what dcp and nvrx write; default: a temporary one")
     parser.add_argument("--output", default="runs/overhead", help="path of the results without ending")
+    parser.add_argument(
+        "--limit-seconds",
+        type=float,
+        help="end the job then; results are of what it measured before",
+    )
     options = parser.parse_args()
-    if min(options.blocks, options.block - 1, options.slow_iterations) * (options.block - 1) < 2:
+    counted = options.blocks * (options.block - 1) if min(options.blocks, options.block) > 0 else 0
+    # Quartiles need two.
+    if min(counted, options.slow_iterations) < 2:
         parser.error("--blocks, --block and --slow-iterations: at least two iterations of each variant must count")
     unknown = {name for name in options.variants.split(",") if name.partition(":")[0] not in LABELS}
     if unknown or "off" not in options.variants.split(","):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,12 @@ def measure(config: TrainingConfig, sparse: SparseCheckpointConfig, options: arg
     def run(hook: Any, iterations: int) -> list[tuple[float, float]]:
         return clock.block(functools.partial(train_loop.train_iteration, training, hook), iterations)
 
+    raw: dict[str, Any] = {
+        "parameters": parameters,
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "torch": torch.__version__,
+        "slots": {},
+    }
     run(train_loop.NoHooks(), WARM_UP_ITERATIONS)
     say("warmed up")
     with contextlib.ExitStack() as stack:
@@ -81,7 +88,8 @@ def measure(config: TrainingConfig, sparse: SparseCheckpointConfig, options: arg
             for name in list(hooks) if number % 2 == 0 else list(hooks)[::-1]:
                 record.block(name, functools.partial(run, hooks[name]), options.block)
             say(f"block {number + 1} of {options.blocks}: {record.medians()}")
-    figures = slots.figures() if slots is not None else {}
+            raw["slots"] = slots.figures() if slots is not None else {}
+            _write(options.raw, raw, record, clock)
     for name in (name for name in names if name in SLOW):
         if slots is not None:
             slots.manager.finish(durable=True)
@@ -90,21 +98,22 @@ def measure(config: TrainingConfig, sparse: SparseCheckpointConfig, options: arg
             hook = _slow_hook(training, name, options.scratch, on_gpu, stack)
             record.block(name, functools.partial(run, hook), 1 + options.slow_iterations)
             say(f"{name}: {record.medians()}")
-    busy = clock.over_all_ranks(record.processor_seconds())
-    if topology.rank == 0:
-        raw = {
-            "blocks": record.blocks,
-            "processor_seconds": busy,
-            "slots": figures,
-            "parameters": parameters,
-            "device": torch.cuda.get_device_name() if on_gpu else "CPU",
-            "torch": torch.__version__,
-            "peak_device_mib": record.peak,
-        }
-        options.raw.write_text(json.dumps(raw))
+            _write(options.raw, raw, record, clock)
     if slots is not None:
         slots.drop()
     distributed.stop()
+
+
+def _write(path: Path, raw: Mapping[str, Any], record: Record, clock: Clock) -> None:
+    """Writes what is known so far: a later part may fail, or run out of time. Collective over the ranks."""
+    import torch.distributed as dist
+
+    busy = clock.over_all_ranks(record.processor_seconds())
+    if dist.get_rank() == 0:
+        whole = {**raw, "blocks": record.blocks, "processor_seconds": busy, "peak_device_mib": record.peak}
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps(whole))
+        new.replace(path)
 
 
 class Record:
@@ -232,21 +241,42 @@ def _slow_hook(training: Any, name: str, scratch: Path, on_gpu: bool, stack: con
 
 
 class Clock:
-    """Seconds of iterations, on the wall and of the processor (all threads of this process)."""
+    """Seconds of iterations, on the wall and of the processor (all threads of this process).
+
+    On the CPU all ranks begin and end each iteration together. On a GPU iterations follow each other as they do in a
+    training loop, which prepares the next one while the device still makes the optimizer step: an iteration lasts from
+    the end of one such step on the device to the end of the next.
+    """
 
     def __init__(self, on_gpu: bool) -> None:
         self._on_gpu = on_gpu
 
     def block(self, iterate: Callable[[], object], iterations: int) -> list[tuple[float, float]]:
-        """Runs iterations; all ranks begin and end each of them together."""
-        seconds = []
+        """Runs iterations; nothing of a block is left to the next one."""
+        self._synchronize()
+        marks = [self._mark()]
         for _ in range(iterations):
-            self._synchronize()
-            started, busy = time.perf_counter(), time.process_time()
             iterate()
-            self._synchronize()
-            seconds.append((time.perf_counter() - started, time.process_time() - busy))
-        return seconds
+            if not self._on_gpu:
+                self._synchronize()
+            marks.append(self._mark())
+        self._synchronize()
+        pairs = itertools.pairwise(marks)
+        return [(self._seconds(first, second), busy - before) for (first, before), (second, busy) in pairs]
+
+    def _mark(self) -> tuple[Any, float]:
+        """A point in time, on the device where there is one, and processor seconds."""
+        import torch
+
+        if not self._on_gpu:
+            return time.perf_counter(), time.process_time()
+        new_event: Any = torch.cuda.Event
+        event = new_event(enable_timing=True)
+        event.record()
+        return event, time.process_time()
+
+    def _seconds(self, first: Any, second: Any) -> float:
+        return float(first.elapsed_time(second) / 1e3 if self._on_gpu else second - first)
 
     def over_all_ranks(self, values: dict[str, list[float]]) -> dict[str, list[float]]:
         """Sums over the ranks, element by element."""

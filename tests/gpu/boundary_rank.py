@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -33,7 +34,13 @@ from megatron.moevement.config import SparseCheckpointConfig
 from megatron.moevement.events import EventLog
 from megatron.moevement.integration import distributed
 from megatron.moevement.integration.attach import copy_engine
-from megatron.moevement.integration.boundary import boundary_of, boundary_recorder, log_boundary, replay_boundary
+from megatron.moevement.integration.boundary import (
+    BoundaryRecorder,
+    boundary_of,
+    boundary_recorder,
+    log_boundary,
+    replay_boundary,
+)
 from megatron.moevement.integration.bundle_exchange import BundleExchange
 from megatron.moevement.integration.forward import run_forward_backward
 from megatron.moevement.integration.job import TrainingJob, build_communicator, build_job
@@ -42,7 +49,7 @@ from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.transcript_memory import TranscriptMemory
 from moevement_ext import DigestPool
 
-SCOPE, TIMED = frozenset({1}), 8
+SCOPE, ROUNDS, TIMED = frozenset({1}), 6, 6
 
 
 def passes(job: TrainingJob) -> list[torch.Tensor]:
@@ -52,8 +59,8 @@ def passes(job: TrainingJob) -> list[torch.Tensor]:
     return [p.main_grad.cpu().clone() for chunk in job.chunks for p in chunk.parameters()]
 
 
-def timed(job: TrainingJob) -> float:
-    """Seconds of an iteration, the median."""
+def timed(job: TrainingJob) -> list[float]:
+    """Seconds of some iterations; the first isn't counted."""
     seconds = []
     for _ in range(TIMED):
         dist.barrier()
@@ -63,11 +70,24 @@ def timed(job: TrainingJob) -> float:
         if job.topology.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])
+    return seconds[1:]
+
+
+def compared(job: TrainingJob, recorder: BoundaryRecorder) -> dict[str, list[float]]:
+    """Quartiles of an iteration's seconds, with and without the transcript; the two take turns."""
+    found: dict[str, list[float]] = {"without": [], "with": []}
+    for number in range(ROUNDS):
+        for kind in list(found) if number % 2 == 0 else list(found)[::-1]:
+            if kind == "with":
+                log_boundary(job, recorder)
+            else:
+                job.communicator = build_communicator(job.config, job.topology, job.model_config)
+            found[kind] += timed(job)
+    return {kind: statistics.quantiles(seconds, n=4) for kind, seconds in found.items()}
 
 
 def study(job: TrainingJob, folder: Path) -> dict[str, Any]:
-    """What this rank finds."""
+    """What this rank finds; `folder`, in shared memory, is for the transcript."""
     config = SparseCheckpointConfig(enabled=True, directory=folder, keep=True)
     events, told, digests = EventLog(None, dist.get_rank()), list[dict[str, Any]](), DigestPool(2)
     events.listen(told.append)
@@ -79,12 +99,9 @@ def study(job: TrainingJob, folder: Path) -> dict[str, Any]:
     memory.wait_until_pinned()
     recorder = boundary_recorder(job, log, log_copier(engine, job.topology.device), events)
     plain = passes(job)
-    seconds = [timed(job)]
     log_boundary(job, recorder)
     logged = passes(job)
-    seconds.append(timed(job))
-    job.communicator = build_communicator(job.config, job.topology, job.model_config)
-    seconds.append(timed(job))
+    seconds = compared(job, recorder)
     recorder.settle()
     members = dist.get_process_group_ranks(job.topology.groups.pp)
     bundles = BundleExchange(boundary.pipeline, members, control, digests).deliver(log, 0, SCOPE)
@@ -102,7 +119,7 @@ def study(job: TrainingJob, folder: Path) -> dict[str, Any]:
         "bundles": len(bundles),
         "tensor_bytes": boundary.tensor_bytes,
         "troubles": [event for event in told if event["kind"] != "transcript"],
-        "seconds_without_with_without": seconds,
+        "seconds": seconds,
     }
     dist.barrier()
     memory.give_back(log, keep=False)
@@ -117,7 +134,12 @@ def main() -> int:
     job = build_job(config, distributed.start(config))
     for chunk in job.chunks:
         chunk.train()
-    found = study(job, folder)
+    # As in a job: the kernel pins no pages of a file on a disk, and copies to them would be slow.
+    shared = Path(f"/dev/shm/moevement-boundary-{os.getppid()}")
+    try:
+        found = study(job, shared)
+    finally:
+        shutil.rmtree(shared, ignore_errors=True)
     (folder / f"found.rank{os.environ['RANK']}.json").write_text(json.dumps(found))
     dist.barrier()
     distributed.stop()
