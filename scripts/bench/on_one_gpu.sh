@@ -12,7 +12,9 @@ began=$SECONDS
 note() { echo "=== [$((SECONDS - began)) s] $*"; }
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 # Slots need more shared memory than a tmpfs allows that was made when the machine had less.
-mount -o remount,size=120G /dev/shm
+# HUGE=never shows what huge pages are good for.
+mount -o "remount,size=120G,huge=${HUGE:-advise}" /dev/shm || mount -o remount,size=120G /dev/shm
+grep " /dev/shm " /proc/mounts
 for part in "$@"; do
   note "$part"
   rm -rf /dev/shm/moevement
