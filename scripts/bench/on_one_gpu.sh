@@ -12,9 +12,11 @@ began=$SECONDS
 note() { echo "=== [$((SECONDS - began)) s] $*"; }
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 # Slots need more shared memory than a tmpfs allows that was made when the machine had less.
-# Huge pages, where the kernel has them for a tmpfs: 54 GiB of pinned small pages need 100 MiB of the GPU's page tables.
-mount -o remount,size=120G,huge=advise /dev/shm || mount -o remount,size=120G /dev/shm
-grep shm /proc/mounts
+# HUGE=never shows what huge pages are good for.
+mount -o "remount,size=120G,huge=${HUGE:-advise}" /dev/shm || mount -o remount,size=120G /dev/shm
+grep " /dev/shm " /proc/mounts
+# NVRx hands tensors to its writer by file descriptors, one each.
+ulimit -n "$(ulimit -Hn)"
 for part in "$@"; do
   note "$part"
   rm -rf /dev/shm/moevement
