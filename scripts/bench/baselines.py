@@ -74,6 +74,8 @@ class TorchCopies:
         self._overlapped = overlapped
         new_stream: Any = torch.cuda.Stream
         self._side = new_stream() if host.is_pinned() else None
+        if self._side is None and any(tensor.is_cuda for tensor in self._tensors[0]):
+            raise ValueError("the host memory isn't pinned: copies to it would be slower than anybody's")
         self._count = 0
         most = max(sum(t.numel() for t in batch) for batch in self._tensors)
         if most > host.numel():

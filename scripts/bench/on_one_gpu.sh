@@ -45,7 +45,7 @@ for part in "$@"; do
         --variants "${part#*=}" --scratch /dev/shm/moevement ${OPTIONS:-} --output "$results/overhead_${part%%=*}" \
         2>"$results/${part%%=*}.log" &
       measured=$!
-      sleep 60 && grep -E "Shmem|MemAvailable" /proc/meminfo
+      (sleep 75 && grep -E "Shmem|MemAvailable" /proc/meminfo) &
       wait $measured
       tail -25 "$results/${part%%=*}.log" ;;
   esac

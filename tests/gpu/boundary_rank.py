@@ -49,7 +49,7 @@ from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.transcript_memory import TranscriptMemory
 from moevement_ext import DigestPool
 
-SCOPE, ROUNDS, TIMED = frozenset({1}), 6, 6
+SCOPE, ROUNDS, TIMED = frozenset({1}), 4, 6
 
 
 def passes(job: TrainingJob) -> list[torch.Tensor]:

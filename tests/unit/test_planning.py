@@ -4,7 +4,14 @@ import pytest
 
 from megatron.moevement.config import GIB, SparseCheckpointConfig
 from megatron.moevement.operators.table import OperatorTable
-from megatron.moevement.planning import DIGEST_RATE_UNDER_LOAD, Measured, SparsePlan, describe, make_plan
+from megatron.moevement.planning import (
+    COPY_TIME_USED,
+    DIGEST_RATE_UNDER_LOAD,
+    Measured,
+    SparsePlan,
+    describe,
+    make_plan,
+)
 from megatron.moevement.schedule.ordering import capture_order
 from megatron.moevement.schedule.slots import ring_slots
 from megatron.moevement.schedule.window import divide
@@ -59,9 +66,9 @@ def test_auto_takes_the_smallest_window_that_fits_the_iteration() -> None:
     slow, fast = Measured(DENSE / 2, 2.0, 1.0, CHUNKS, UNLIMITED), Measured(DENSE * 1.5, 2.0, 1.0, CHUNKS, UNLIMITED)
     assert plan(None, fast).schedule.window == 1
     found = plan(None, slow)
-    assert found.schedule.window > 1 and max(found.slot_bytes) <= DENSE / 2
+    assert found.schedule.window > 1 and max(found.slot_bytes) <= slow.budget_bytes
     forced = plan(found.schedule.window - 1)
-    assert max(forced.slot_bytes) > DENSE / 2, "one slot fewer wouldn't fit"
+    assert max(forced.slot_bytes) > slow.budget_bytes, "one slot fewer wouldn't fit"
 
 
 def test_the_slowest_rank_decides_for_the_world() -> None:
@@ -97,9 +104,16 @@ def test_the_plan_is_said_in_words() -> None:
     assert "(forced)" in "\n".join(describe(plan(2), ToyState(TABLE), config(window=2), ranks=1))
 
 
+def test_a_slot_that_only_just_fits_before_the_optimizer_step_makes_the_window_longer() -> None:
+    largest = max(plan(2).slot_bytes)
+    tight, ample = (Measured(rate, 2.0, 1.0, CHUNKS, UNLIMITED) for rate in (largest * 1.01, largest * 1.2))
+    assert plan(None, ample).schedule.window == 2 < plan(None, tight).schedule.window
+
+
 def test_digests_that_are_slower_than_the_link_make_the_window_longer() -> None:
     fast, slow = (Measured(DENSE * 2, 2.0, 1.0, CHUNKS, rate) for rate in (UNLIMITED, DENSE / 4))
-    assert slow.budget_bytes == DIGEST_RATE_UNDER_LOAD * DENSE / 2 < fast.budget_bytes == DENSE * 2
+    assert slow.budget_bytes == DIGEST_RATE_UNDER_LOAD * DENSE / 2 < fast.budget_bytes
+    assert fast.budget_bytes == DENSE * 2 * COPY_TIME_USED
     assert plan(None, slow).schedule.window > plan(None, fast).schedule.window
     by_device = Measured(DENSE * 2, 2.0, 1.0, CHUNKS, DENSE / 4, digests_on_device=True)
     for who, measured in (("threads", slow), ("the device", by_device)):
