@@ -1,6 +1,8 @@
 """Localized recovery of other jobs and from other failures: layouts, hangs, lost memory, wrong replays, by lot."""
 
 import json
+import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,6 +161,26 @@ def test_who_has_not_updated_yet_rolls_forward(lab: Lab, tmp_path: Path, shared_
     decision = recovery.decision
     assert (decision["source"], decision["target"], decision["roll_forward"]) == ("local", 7, [2])
     assert recovery.segments == [[1]]
+
+
+def test_a_worker_that_is_lost_before_training(lab: Lab, tmp_path: Path, shared_memory: Path) -> None:
+    """The others wait for it in their first groups: they have nothing to keep, and all begin anew at once."""
+    job = local_job(lab, SIMPLE, tmp_path, shared_memory, "rolling")
+    # More patience than the test has.
+    job.flags = ("--start-timeout-seconds", "1100")
+    struck = list[int]()
+
+    def strike(running: AgentJob) -> None:
+        # Its first life, and the second one.
+        lives = running.processes()[1]
+        if len(lives) > len(struck) and len(struck) < 2:
+            struck.append(lives[-1]["pid"])
+            os.kill(struck[-1], signal.SIGSTOP)
+
+    job.meanwhile = strike
+    campaign = job.run()
+    assert_exact(lab, SIMPLE, campaign)
+    assert len(struck) == 2 and "Traceback" not in campaign.output, campaign.output[-4000:]
 
 
 def lossy(lab: Lab, tmp_path: Path, memory: Path, suffixes: list[str], *extra: str) -> Campaign:

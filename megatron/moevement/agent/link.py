@@ -159,7 +159,7 @@ class WorkerLink:
 
     def _watch(self) -> None:
         while not self._closed:
-            aborting = self._failed and not self._acknowledged and self._abort is not None
+            aborting = self._failed and not self._acknowledged
             if select.select([self._channel], [], [], _ABORT_SECONDS if aborting else _LOOK_SECONDS)[0]:
                 message, _ = self._channel.receive()
                 if message is None:
@@ -186,13 +186,14 @@ class WorkerLink:
     def _free(self) -> None:
         """Frees the main thread from whatever waits for other ranks."""
         with self._changed:
-            if not self._failed or self._acknowledged or self._abort is None:
+            if not self._failed or self._acknowledged:
                 return
             sockets.shut_down_local_ports(self._store_ports)
             sockets.break_gloo_listeners(self.world_size)
             # Under the lock: the main thread can't be in the next generation's groups before this returns.
             try:
-                self._abort()
+                # Before `watch` is called a process builds its first groups.
+                (self._abort or sockets.shut_down_sockets)()
             except (RuntimeError, OSError) as error:
                 # The next call may do better; who is never freed is killed by the agent.
                 print(f"rank {self.rank}: freeing the main thread: {error}", file=sys.stderr, flush=True)

@@ -10,9 +10,12 @@ import dataclasses
 import os
 import struct
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType
@@ -21,6 +24,7 @@ from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
 
 from megatron.moevement.argument_checks import UsageError
 from megatron.moevement.errors import DataError
+from megatron.moevement.integration import groups
 from megatron.moevement.training_config import TrainingConfig
 
 
@@ -122,7 +126,8 @@ def build_train_dataset(
 ) -> Sequence[dict[str, Any]] | None:
     """The training split, long enough for all iterations; collective over all ranks.
 
-    Rank 0 builds the index caches once, the others read them.
+    Rank 0 builds the index caches once, the others read them. A process that takes over a rank can't wait for rank 0:
+    if it finds no whole cache it does without.
 
     Args:
         config: the training configuration.
@@ -138,7 +143,9 @@ def build_train_dataset(
             if not os.path.isfile(path):
                 raise UsageError("--data-path", f"{path} does not exist", "prepare it with scripts/prepare_data.py")
         _check_files(prefix)
-        _check_cache_folder(config.data_cache_path, prefix)
+        folder = _check_cache_folder(config.data_cache_path, prefix)
+        if dist.get_rank() == 0:
+            _remove_damaged(folder)
     dataset_config = GPTDatasetConfig(
         random_seed=config.seed,
         sequence_length=config.seq_length,
@@ -152,8 +159,27 @@ def build_train_dataset(
         create_attention_mask=False,
     )
     sizes = [config.train_iters * config.samples_per_iteration, 0, 0]
-    train, _valid, _test = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: reads_data, dataset_config).build()
+    try:
+        return _build(sizes, reads_data, dataset_config)
+    except (OSError, ValueError, EOFError):
+        if not groups.alone():
+            raise
+        dataset_config.path_to_cache = ""
+        return _build(sizes, reads_data, dataset_config)
+
+
+def _build(sizes: list[int], reads_data: bool, config: GPTDatasetConfig) -> Sequence[dict[str, Any]] | None:
+    train, _valid, _test = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: reads_data, config).build()
     return train  # type: ignore[no-any-return]
+
+
+def _remove_damaged(folder: str) -> None:
+    """Removes cached indices that a process was killed in the middle of writing: they are built again."""
+    for path in Path(folder).rglob("*.npy"):
+        try:
+            np.load(path, mmap_mode="r")
+        except (ValueError, EOFError):
+            path.unlink(missing_ok=True)
 
 
 def _check_files(prefix: str) -> None:
@@ -188,10 +214,11 @@ def _indexed_bytes(path: str) -> int:
     return int(start + last * DType.size(DType.dtype_from_code(code)))
 
 
-def _check_cache_folder(given: str | None, prefix: str) -> None:
-    """Refuse a folder of index caches that cannot be written, before ranks wait for each other."""
+def _check_cache_folder(given: str | None, prefix: str) -> str:
+    """Refuse a folder of index caches that cannot be written, before ranks wait for each other; returns it."""
     folder = given or os.path.join(prefix, "cache")  # beside the data is where core puts them
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise UsageError("--data-cache-path", f"{folder}: {error.strerror}", "name a folder to write to") from error
+    return folder

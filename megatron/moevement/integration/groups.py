@@ -55,6 +55,11 @@ def without_communication() -> Iterator[None]:
         dist.new_group = torch.distributed.new_group = original
 
 
+def alone() -> bool:
+    """Whether this process's groups communicate with nobody."""
+    return str(dist.get_backend()) == FAKE
+
+
 def nowhere() -> Store:
     """A store for groups that communicate with nobody."""
     return dist.HashStore()  # type: ignore[attr-defined, no-any-return]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from collections.abc import Callable
@@ -52,9 +53,9 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
         check_outputs(config)
     if link is not None:
         _allow_descriptors()
-    topology = distributed.start(config, link)
-    rank = topology.rank
+    rank = int(os.environ.get("RANK", "0"))
     try:
+        topology = distributed.start(config, link)
         job = build_job(config, topology)
         # It would keep the process groups of a generation that has failed, and their sockets.
         del topology
@@ -68,7 +69,9 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
             print(f"the job ends: {error}; {kept}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_AGAIN) from None
     except RuntimeError as error:
-        if not any(text in str(error) for text in _PEER_LOST):
+        # Whoever has trained nothing yet has nothing to keep: the agent replaces it.
+        lost = link is not None and link.failed
+        if not lost and not any(text in str(error) for text in _PEER_LOST):
             raise
         print(f"rank {rank}: another rank is gone ({_first_line(error)})", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_PEER_LOST) from None

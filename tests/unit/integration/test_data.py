@@ -9,6 +9,7 @@ import torch
 
 from megatron.moevement.argument_checks import UsageError
 from megatron.moevement.errors import DataError
+from megatron.moevement.integration import groups
 from megatron.moevement.integration.corpus import write_corpus
 from megatron.moevement.integration.data import Batch, BatchLayout, BatchSource, build_train_dataset
 from megatron.moevement.integration.job import TrainingJob
@@ -98,6 +99,40 @@ def test_damaged_files_are_named(
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UsageError, match=f"--data-path .*{text}.*prepare it again"):
         build_train_dataset(make_config(data_path=(str(prefix),)), build_tokenizer("ByteLevelTokenizer"), True)
+
+
+def test_a_cache_that_a_killed_process_has_left_is_built_again(
+    build: Callable[..., TrainingJob], tmp_path: Path
+) -> None:
+    first = build(data_cache_path=str(tmp_path)).batches.batch(0, 0)
+    files = sorted(tmp_path.rglob("*.npy"))
+    whole = {path: path.read_bytes() for path in files}
+    assert len(files) == 3
+    for number, path in enumerate(files):
+        path.write_bytes(whole[path][: 50 * number])
+    assert torch.equal(build(data_cache_path=str(tmp_path)).batches.batch(0, 0).tokens, first.tokens)
+    assert {path: path.read_bytes() for path in files} == whole
+
+
+def test_who_takes_over_a_rank_does_without_a_cache(
+    make_config: Callable[..., TrainingConfig],
+    build: Callable[..., TrainingJob],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, text_tokenizer = (
+        make_config(data_cache_path=str(tmp_path)),
+        build_tokenizer("ByteLevelTokenizer", None, None),
+    )
+    first = build_train_dataset(build().config, text_tokenizer, True)
+    # Rank 0 would build it, and died before that.
+    monkeypatch.setattr("torch.distributed.get_rank", lambda group=None: 1)
+    with pytest.raises(FileNotFoundError):
+        build_train_dataset(config, text_tokenizer, True)
+    monkeypatch.setattr(groups, "alone", lambda: True)
+    again = build_train_dataset(config, text_tokenizer, True)
+    assert first is not None and again is not None and len(first) == len(again)
+    assert torch.equal(first[3]["tokens"], again[3]["tokens"]) and not list(tmp_path.rglob("*.npy"))
 
 
 def test_a_cache_folder_that_cannot_be_made_is_named(
