@@ -10,6 +10,7 @@ import threading
 import time
 from datetime import timedelta
 from types import FrameType
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -129,18 +130,30 @@ class _Agent:
 
     def _renew(self) -> None:
         before = time.monotonic_ns()
+        if self._head is None and self._silence() >= self._fence_seconds:
+            # It has stood still for so long that others have its ranks, and wakes before the thread does.
+            self._end_fenced()
         self._board.renew(self._number, self._node.reports())
         self._heard_ns, self._renew_at = before, time.monotonic() + _RENEW_SECONDS
         # The head never gives its own node's ranks away.
-        fence = 0.0 if self._head is not None else self._options.limits.heartbeat_seconds * _FENCE_SHARE
-        self._marks.renew(before, fence)
+        self._marks.renew(before, 0.0 if self._head is not None else self._fence_seconds)
 
     def _fence(self) -> None:
         """Ends this node when the head must take it for lost; a call to a silent head never returns."""
-        limit = self._options.limits.heartbeat_seconds * _FENCE_SHARE
-        while (silence := (time.monotonic_ns() - self._heard_ns) / 1e9) < limit:
-            time.sleep(min(limit - silence, _RENEW_SECONDS))
-        say(f"stopping: the head did not answer for {silence:.1f} s; this node fences itself")
+        while (left := self._fence_seconds - self._silence()) > 0:
+            time.sleep(min(left, _RENEW_SECONDS))
+        self._end_fenced()
+
+    @property
+    def _fence_seconds(self) -> float:
+        return float(self._options.limits.heartbeat_seconds * _FENCE_SHARE)
+
+    def _silence(self) -> float:
+        """Seconds since the head answered last."""
+        return (time.monotonic_ns() - self._heard_ns) / 1e9
+
+    def _end_fenced(self) -> NoReturn:
+        say(f"stopping: the head did not answer for {self._silence():.1f} s; this node fences itself")
         # The kernel kills the workers with their parent.
         os._exit(EXIT_AGAIN)
 
