@@ -127,7 +127,9 @@ class SparseCheckpointManager:
             wanted["--sparse-ckpt-window"] = self._config.window
         found = find_store(path, wanted, self._agreement)
         choice = choose_source(found, self._state, self._agreement, self._digests, dense_step)
-        self._events.emit("start", run=_run_list(choice), dense_step=choice.dense_step, reasons=choice.reasons)
+        if not self._config.dry_run:
+            # A dry run looks for no slots, and has nothing to say of them.
+            self._events.emit("start", run=_run_list(choice), dense_step=choice.dense_step, reasons=choice.reasons)
         if choice.run is None:
             if found.store is not None:
                 found.store.close()

@@ -11,7 +11,7 @@ from megatron.moevement.operators.state import TrainingState
 from megatron.moevement.recovery.plan import common_run
 from megatron.moevement.recovery.sources import SlotReader
 from megatron.moevement.schedule.agreement import Agreement
-from megatron.moevement.store.host_store import HostStore
+from megatron.moevement.store.host_store import HostStore, refuse_directory
 from megatron.moevement.types import IterationRecord, Run, SlotInfo
 from moevement_ext import DigestPool
 
@@ -71,6 +71,8 @@ def find_store(path: Path | None, identity: Mapping[str, Any], agreement: Agreem
     """
     store, problem, refusal = None, "", ""
     try:
+        if path is not None:
+            refuse_directory(path)
         store = HostStore.open(path) if path is not None and path.exists() else None
         problem = "" if store else "no slots"
         if store is not None and path is not None:

@@ -26,8 +26,8 @@ class Outcome:
         source: "local", or what all ranks rolled back to; empty if nothing was decided.
         scope: stages that rolled back.
         replays: iterations that the decision asked to replay.
-        replayed: iterations that were replayed until training went on, or until the next kill.
-        replayed_after: iterations that were replayed after further kills in its recovery.
+        replayed: iterations that were replayed until training went on, or until a further kill was noticed.
+        replayed_after: iterations that were replayed from then on.
         target: Step at which training was to go on.
         detect_seconds: from the kill to the first survivor that noticed it; None where all stood still already.
         join_seconds: from then to the decision: a process for the killed rank, and groups.
@@ -75,15 +75,17 @@ def _outcome(events: Sequence[Event], kill: Kill, found: Sequence[LocalRecovery]
     own = [e for e in events if kill.time < e["time"] <= until]
     noticed = next((float(e["time"]) for e in own if e["kind"] == "failure_noticed"), None)
     decision = next((e for e in reversed(recovery.decisions) if kill.time < e["time"] <= until), None)
-    rest = [e for e in events if until < e["time"] <= recovery.ended]
     last = until == recovery.ended
+    # Who replays goes on until it notices the further kill.
+    again = min((float(e["time"]) for e in recovery.decisions if e["time"] > until), default=recovery.ended)
+    stood = until if last else again
     base = Outcome(
         kill.rank,
         finished,
         kill.in_recovery,
         index,
-        replayed=_replayed(own),
-        replayed_after=_replayed(rest),
+        replayed=_replayed([e for e in events if kill.time < e["time"] <= stood]),
+        replayed_after=_replayed([e for e in events if stood < e["time"] <= recovery.ended]),
         detect_seconds=None if noticed is None else noticed - kill.time,
         back_seconds=recovery.ended - kill.time,
     )

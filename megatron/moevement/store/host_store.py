@@ -244,10 +244,21 @@ def discard(path: Path) -> None:
     Raises:
         StoreError: it can't be deleted.
     """
+    refuse_directory(path)
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
         raise StoreError(_creation_message(path, 0, error)) from error
+
+
+def refuse_directory(path: Path) -> None:
+    """Refuses something else than a file in the store's place.
+
+    Raises:
+        StoreError: it is a directory, which a person must remove.
+    """
+    if path.is_dir():
+        raise StoreError(f"{path} is a directory; remove it")
 
 
 def _creation_message(path: Path, nbytes: int, error: OSError) -> str:

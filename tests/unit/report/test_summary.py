@@ -34,6 +34,14 @@ def test_what_followed_each_kill() -> None:
     assert nested.back_seconds == pytest.approx(5.0)
 
 
+def test_who_has_not_noticed_a_further_kill_goes_on_replaying() -> None:
+    one = next(e for e in local_run() if e["kind"] == "recovery_phase" and e["phase"] == "convert" and e["done"])
+    late = {**one, "time": KILLS[1].time + 0.01, "iteration": one["iteration"] + 1}
+    events = sorted([*local_run(), late], key=lambda event: float(event["time"]))
+    first, nested = outcomes(events, KILLS, local_recoveries(events, KILLS))
+    assert (first.replayed, first.replayed_after, nested.replayed) == (2, 4, 4)
+
+
 def test_a_kill_without_a_recovery() -> None:
     late = Kill(2, 999.0, False)
     (last,) = outcomes(local_run(), [late], local_recoveries(local_run(), [late]))

@@ -14,7 +14,7 @@ from megatron.moevement.recovery.sources import SlotReader
 from megatron.moevement.snapshot.layout import digested_regions, slot_layout
 from megatron.moevement.store import format as fmt
 from megatron.moevement.store.committer import Committer, CopiedSlot
-from megatron.moevement.store.host_store import HostStore
+from megatron.moevement.store.host_store import HostStore, discard
 from megatron.moevement.types import SlotSpec
 from moevement_ext import DigestPool
 from tests.support.slots import BUFFER, create_store, manifest, write_leased
@@ -182,3 +182,10 @@ def test_too_large_a_manifest_is_refused_and_the_slot_freed(tmp_path: Path) -> N
     with pytest.raises(SlotInvalid, match="there is room for 64"):
         store.commit(lease, manifest(schedule(1, "fixed").spec(0)), 10)
     assert store.free_slots == 1
+
+
+def test_a_directory_in_a_store_s_place_is_left_to_a_person(tmp_path: Path) -> None:
+    (tmp_path / "rank00000.slots").mkdir()
+    with pytest.raises(StoreError, match="rank00000.slots is a directory; remove it"):
+        discard(tmp_path / "rank00000.slots")
+    discard(tmp_path / "none.slots")

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -60,6 +61,7 @@ def test_a_directory_that_others_make_and_remove_meanwhile(tmp_path: Path) -> No
         while not ended.is_set():
             with contextlib.suppress(OSError):
                 slots.parent.rmdir()
+            time.sleep(0.0002)
 
     remover = threading.Thread(target=leave_it_empty)
     remover.start()
