@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -12,6 +13,7 @@ from unittest import mock
 
 from megatron.moevement.config import SparseCheckpointConfig
 from megatron.moevement.events import EventLog
+from megatron.moevement.store.lock import lock_path
 
 
 class Measurement:
@@ -90,6 +92,9 @@ class Snapshots:
     def drop(self) -> None:
         """Removes the slots and ends this process: to unpin tens of GiB would take longer than the measurement."""
         self.slots_path.unlink()
+        lock_path(self.slots_path).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.slots_path.parent.rmdir()
         os._exit(0)
 
     def figures(self) -> dict[str, Any]:
