@@ -119,12 +119,17 @@ class Agents:
         return text
 
 
-def wait(look: Callable[[], T | None], complain: Callable[[], str] = lambda: "waited in vain") -> T:
-    """Looks until there is something."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+def wait(
+    look: Callable[[], T | None],
+    complain: Callable[[], str] = lambda: "waited in vain",
+    seconds: float = PATIENCE_SECONDS,
+    pause: float = 0.02,
+) -> T:
+    """Looks until there is something, for so many seconds."""
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         found = look()
         if found:
             return found
-        time.sleep(0.02)
+        time.sleep(pause)
     raise AssertionError(complain())

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
+from tests.support import agents
 from tests.support.hosts import Hosts
 
 PATIENCE_SECONDS = 240.0
-T = TypeVar("T")
+# A look starts a client of Slurm's.
+wait = functools.partial(agents.wait, seconds=PATIENCE_SECONDS, pause=0.1)
 
 _CONF = """\
 ClusterName=lab
@@ -108,14 +109,3 @@ class Slurm:
     def cancel(self, number: int) -> None:
         """Ends a job."""
         self.client("scancel", str(number))
-
-
-def wait(look: Callable[[], T | None], complain: Callable[[], str], seconds: float = PATIENCE_SECONDS) -> T:
-    """Looks until there is something."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        found = look()
-        if found:
-            return found
-        time.sleep(0.1)
-    raise AssertionError(f"waited in vain\n{complain()}")

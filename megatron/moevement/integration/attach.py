@@ -17,12 +17,13 @@ from megatron.moevement.integration.job import TrainingJob
 from megatron.moevement.integration.operator_state import OperatorState
 from megatron.moevement.integration.train_loop import Hooks, IterationOutcome
 from megatron.moevement.manager import SparseCheckpointManager
+from megatron.moevement.operators.state import full_pieces
 from megatron.moevement.planning import Surroundings
 from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.snapshot import digest_check
 from megatron.moevement.snapshot.bandwidth import Chunks
 from megatron.moevement.training_config import TrainingConfig
-from megatron.moevement.types import IterationRecord, Presence
+from megatron.moevement.types import IterationRecord
 from moevement_ext import CopyEngine, DeviceDigests, EngineError, build_info
 
 # What slots must have been written with, in addition to what a dense checkpoint must: with another of these the
@@ -155,7 +156,7 @@ def device_digests(
     if not _digests_there(device, config):
         return None
     # No slot holds more than everything in full: weights-only has fewer pieces, and smaller ones.
-    pieces = [piece for operator in state.table for piece in state.pieces(operator.name, Presence.FULL)]
+    pieces = full_pieces(state)
     pieces += state.start_state(0)[1]
     room = {
         "ranges_limit": max(digest_check.RANGES, len(pieces)),

@@ -137,15 +137,15 @@ def build_train_dataset(
     Raises:
         UsageError: where files are missing or damaged, or the cache folder cannot be written.
     """
-    blend = get_blend_from_list(list(config.data_path))
+    blend, folders = get_blend_from_list(list(config.data_path)), set[str]()
     for prefix in blend[0]:
         for path in (f"{prefix}.bin", f"{prefix}.idx"):
             if not os.path.isfile(path):
                 raise UsageError("--data-path", f"{path} does not exist", "prepare it with scripts/prepare_data.py")
         _check_files(prefix)
-        folder = _check_cache_folder(config.data_cache_path, prefix)
-        if dist.get_rank() == 0:
-            _remove_damaged(folder)
+        folders.add(_check_cache_folder(config.data_cache_path, prefix))
+    for folder in folders if dist.get_rank() == 0 else ():
+        _remove_damaged(folder)
     dataset_config = GPTDatasetConfig(
         random_seed=config.seed,
         sequence_length=config.seq_length,

@@ -91,3 +91,8 @@ class TrainingState(Protocol):
     def differing_weights(self, operators: Sequence[RecordedOperator]) -> tuple[str, ...]:
         """Names of the weights-only operators whose compute weights differ in any bit from the recorded ones."""
         ...
+
+
+def full_pieces(state: TrainingState) -> list[MemoryRange]:
+    """Device ranges of all operators in full: whatever slots hold of them, window after window."""
+    return [piece for operator in state.table for piece in state.pieces(operator.name, Presence.FULL)]

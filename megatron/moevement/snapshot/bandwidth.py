@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron.moevement.operators.state import MemoryRange, TrainingState
-from megatron.moevement.types import Presence
+from megatron.moevement.operators.state import MemoryRange, TrainingState, full_pieces
 from moevement_ext import CopyEngine, DeviceDigests, DigestPool, EngineError, HostRegion
 
 MEASURE_BYTES_LIMIT = 256 << 20
@@ -113,7 +112,7 @@ def measure_digests(pool: DigestPool | None, state: TrainingState, device: Devic
 
 def _measure_device_digests(digests: DeviceDigests, state: TrainingState) -> float:
     """Of all that slots hold in full, which is far more than a device's cache."""
-    pieces = [piece for operator in state.table for piece in state.pieces(operator.name, Presence.FULL)]
+    pieces = full_pieces(state)
     addresses = np.array([piece.address for piece in pieces], dtype=np.uint64)
     sizes = np.array([piece.nbytes for piece in pieces], dtype=np.uint64)
     seconds = []

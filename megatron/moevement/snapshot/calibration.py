@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron.moevement.events import EventLog
-from megatron.moevement.operators.state import TrainingState
+from megatron.moevement.operators.state import TrainingState, full_pieces
 from megatron.moevement.snapshot.bandwidth import Chunks, choose_chunks, measure_bandwidth
 from megatron.moevement.snapshot.copy_time import CopyTime
-from megatron.moevement.types import Presence
 from moevement_ext import CopyEngine
 
 
@@ -84,9 +83,8 @@ class Calibration:
         At least two iterations are timed; the first isn't counted.
         """
         seconds = statistics.median(self._time.seconds[1:])
-        pieces = [p for o in self._state.table for p in self._state.pieces(o.name, Presence.FULL)]
         place = (self._directory, self._rank, self._state.stream())
-        rates = measure_bandwidth(self._engine, pieces, *place, self._chunks)
+        rates = measure_bandwidth(self._engine, full_pieces(self._state), *place, self._chunks)
         best = choose_chunks(rates, self._awaited, seconds)
         self._engine.set_chunks(best.nbytes, best.in_flight)
         self.done = True

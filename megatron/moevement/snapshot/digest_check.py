@@ -5,8 +5,7 @@ A device that digested wrongly would cost every slot, and that would show in a r
 
 import numpy as np
 
-from megatron.moevement.operators.state import TrainingState
-from megatron.moevement.types import Presence
+from megatron.moevement.operators.state import TrainingState, full_pieces
 from moevement_ext import CopyEngine, DeviceDigests, DigestPool, EngineError
 
 # Several leaves, and a last one that fills no stripe.
@@ -25,7 +24,7 @@ def check_device_digests(digests: DeviceDigests, engine: CopyEngine, state: Trai
     Raises:
         EngineError: they differ, or the device fails.
     """
-    pieces = [piece for operator in state.table for piece in state.pieces(operator.name, Presence.FULL)]
+    pieces = full_pieces(state)
     pieces = sorted((piece for piece in pieces if piece.nbytes), key=lambda piece: piece.nbytes)
     ranges = [
         (piece.address + skew, min(piece.nbytes, _PIECE_BYTES) - skew)
