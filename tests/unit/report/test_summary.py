@@ -25,6 +25,7 @@ def test_what_followed_each_kill() -> None:
     assert (first.rank, first.finished, first.in_recovery, first.recovery) == (1, 5, False, 0)
     assert (first.source, first.scope, first.target) == ("local", (1,), 5)
     assert (first.replayed, first.replays, first.replayed_after, first.replay_seconds) == (1, 4, 4, None)
+    # Differences of decimal times, which floats don't hold exactly.
     assert first.back_seconds == pytest.approx(nested.back_seconds + KILLS[1].time - KILLS[0].time)
     assert first.detect_seconds == pytest.approx(0.1)
     assert first.join_seconds == pytest.approx(1.8)
