@@ -112,27 +112,11 @@ std::vector<Descriptor> descriptors(const Chunk& chunk) {
   return found;
 }
 
-std::vector<CopyPiece> merged(const std::vector<CopyPiece>& pieces) {
-  std::vector<CopyPiece> joined;
-  joined.reserve(pieces.size());
-  for (const CopyPiece& piece : pieces) {
-    if (piece.bytes == 0) continue;
-    if (!joined.empty()) {
-      CopyPiece& last = joined.back();
-      const std::uint64_t bytes = last.bytes + piece.bytes;
-      // A joined piece may not overlap itself: the second half can read what the first has written.
-      if (last.source + last.bytes == piece.source && last.destination + last.bytes == piece.destination &&
-          !overlap(last.source, bytes, last.destination, bytes)) {
-        last.bytes = bytes;
-        continue;
-      }
-    }
-    joined.push_back(piece);
-  }
-  return joined;
+ChunkCursor::ChunkCursor(std::vector<CopyPiece> pieces) : pieces_(std::move(pieces)) {
+  pieces_.erase(
+      std::remove_if(pieces_.begin(), pieces_.end(), [](const CopyPiece& piece) { return piece.bytes == 0; }),
+      pieces_.end());
 }
-
-ChunkCursor::ChunkCursor(std::vector<CopyPiece> pieces) : pieces_(std::move(pieces)) {}
 
 Chunk ChunkCursor::next(const ChunkRules& rules) {
   Builder builder(rules, offset_);

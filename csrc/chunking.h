@@ -60,10 +60,8 @@ struct Descriptor {
 
 std::vector<Descriptor> descriptors(const Chunk& chunk);
 
-// Joins pieces that follow each other on both sides and drops empty ones. Copies the same bytes to the same places.
-std::vector<CopyPiece> merged(const std::vector<CopyPiece>& pieces);
-
-// Walks over a batch in order; every byte is in exactly one chunk.
+// Walks over a batch in order; every byte is in exactly one chunk. Pieces that follow each other stay apart: they may
+// lie in two allocations of the device, and CUDA refuses a copy that crosses from one to the next.
 class ChunkCursor {
  public:
   ChunkCursor() = default;

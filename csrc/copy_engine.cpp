@@ -96,7 +96,7 @@ std::uint64_t CopyEngine::submit(std::vector<CopyPiece> batch, std::uint64_t str
     ticket->groups.emplace_back(std::move(group.name), ticket->total_bytes);
   }
   while (next_piece < batch.size()) ticket->total_bytes += batch[next_piece++].bytes;
-  ticket->cursor = ChunkCursor(merged(batch));
+  ticket->cursor = ChunkCursor(std::move(batch));
   ticket->label = std::move(label);
   ticket->priority = options.priority;
   const Lock lock(mutex_);

@@ -213,9 +213,10 @@ cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void*
 }
 
 cudaError_t cudaMalloc(void** pointer, size_t bytes) {
-  // Far from all other memory, as a GPU's is, and where the thread sanitizer allows it.
+  // Far from all other memory, as a GPU's is, and where the thread sanitizer allows it; one next to the other.
   static std::atomic<std::uint64_t> next{0x7e8000000000};
-  void* wanted = reinterpret_cast<void*>(next.fetch_add(std::uint64_t{1} << 33));
+  constexpr std::uint64_t kSegment = 2 << 20;
+  void* wanted = reinterpret_cast<void*>(next.fetch_add((bytes + kSegment - 1) / kSegment * kSegment));
   *pointer = ::mmap(wanted, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (*pointer == MAP_FAILED) return cudaErrorMemoryAllocation;
   const std::lock_guard<std::mutex> lock(memory_mutex);

@@ -1,4 +1,4 @@
-// Chunks, merged pieces, the staging ring, and what the gather kernel does with them, done here lane by lane.
+// Chunks, the staging ring, and what the gather kernel does with them, done here lane by lane.
 #include <cstring>
 #include <deque>
 #include <random>
@@ -81,7 +81,7 @@ void gathered_chunks_copy_every_byte_in_order() {
       std::memcpy(expected.data() + (item.destination - address(to.data())),
                   reinterpret_cast<const void*>(item.source), item.bytes);
     }
-    ChunkCursor cursor(merged(batch));
+    ChunkCursor cursor(batch);
     std::uint64_t offset = 0;
     while (!cursor.at_end()) {
       const ChunkRules rules{1 + random() % 3000, random() % 2000, direction};
@@ -145,12 +145,16 @@ void pieces_are_limited_per_chunk() {
   CHECK(apart.next({1 << 20, 1 << 20, Direction::other}).pieces.size() == kMaxRunsPerChunk);
 }
 
-void pieces_that_follow_each_other_are_merged() {
-  const auto joined = merged({{100, 1000, 10}, {110, 1010, 0}, {110, 1010, 5}, {115, 1016, 5}, {120, 1021, 5}});
-  CHECK(joined.size() == 2 && joined[0].bytes == 15 && joined[1].source == 115 && joined[1].bytes == 10);
-  // The second piece reads what the first one has written: joined, it would overlap itself.
-  CHECK(merged({{100, 110, 10}, {110, 120, 10}}).size() == 2);
-  CHECK(merged({}).empty() && merged({{0, 0, 0}}).empty());
+void pieces_that_follow_each_other_stay_apart() {
+  for (const Direction direction : {Direction::to_host, Direction::to_device, Direction::other}) {
+    for (const std::uint64_t bytes : {std::uint64_t{1000}, kDirectBytes}) {
+      ChunkCursor cursor({{1 << 30, 1 << 20, bytes}, {(1 << 30) + bytes, (1 << 20) + bytes, bytes}, {1, 1, 0}});
+      const Chunk chunk = cursor.next({1 << 30, 0, direction});
+      CHECK(cursor.at_end() && chunk.pieces.size() == 2 && chunk.runs.size() == 2 && chunk.bytes == 2 * bytes);
+      CHECK(chunk.runs[0].bytes == bytes && chunk.runs[1].bytes == bytes);
+    }
+  }
+  CHECK(ChunkCursor(std::vector<CopyPiece>{}).at_end() && ChunkCursor(std::vector<CopyPiece>{{0, 0, 0}}).at_end());
 }
 
 void the_staging_ring_never_hands_out_a_byte_twice() {
@@ -183,5 +187,5 @@ void the_staging_ring_never_hands_out_a_byte_twice() {
 int test_chunking() {
   return RUN(gathered_chunks_copy_every_byte_in_order) + RUN(the_kernel_copies_at_every_alignment) +
          RUN(large_pieces_and_gaps_are_direct) + RUN(pieces_are_limited_per_chunk) +
-         RUN(pieces_that_follow_each_other_are_merged) + RUN(the_staging_ring_never_hands_out_a_byte_twice);
+         RUN(pieces_that_follow_each_other_stay_apart) + RUN(the_staging_ring_never_hands_out_a_byte_twice);
 }

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <string>
 #include <thread>
@@ -131,6 +132,35 @@ void an_error_stays_with_its_ticket() {
   CHECK_THROWS(EngineError, make_cuda_device(99, 0));
   CHECK_THROWS(std::invalid_argument, make_cuda_device(0, 0, 0));
   CHECK_THROWS(std::invalid_argument, make_cuda_device(0, 0, kMaxCopyStreams + 1));
+}
+
+// Tensors of torch lie in segments that the driver often puts next to each other.
+void pieces_of_neighbouring_allocations_are_copied() {
+  constexpr std::size_t kSegment = 4 << 20, kLarge = 3 << 20;
+  std::vector<std::unique_ptr<DeviceMemory>> segments;
+  std::vector<std::uint64_t> starts;
+  for (int index = 0; index < 32; ++index) {
+    segments.push_back(std::make_unique<DeviceMemory>(kSegment));
+    starts.push_back(address(segments.back()->get()));
+  }
+  std::sort(starts.begin(), starts.end());
+  const auto first = std::adjacent_find(starts.begin(), starts.end(),
+                                        [](std::uint64_t one, std::uint64_t other) { return other - one == kSegment; });
+  CHECK(first != starts.end());
+  if (first == starts.end()) return;
+  const std::uint64_t border = *first + kSegment;
+  const auto memory = region(2 * kLarge);
+  const std::uint64_t host = memory->address();
+  auto engine = make_engine();
+  CHECK(engine->register_host(host, 2 * kLarge));
+  for (const std::uint64_t bytes : {std::uint64_t{1} << 10, std::uint64_t{kLarge}}) {
+    // The last bytes of one allocation, and the first ones of the next.
+    CHECK(engine->copy_now({{border - bytes, host, bytes}, {border, host + bytes, bytes}}, 0, "", 60).bytes == 2 * bytes);
+    CHECK(engine->copy_now({{host, border - bytes, bytes}, {host + bytes, border, bytes}}, 0, "", 60).bytes == 2 * bytes);
+  }
+  // The control: in one go CUDA refuses it.
+  CHECK_THROWS(EngineError, engine->copy_now({{border - kLarge, host, 2 * kLarge}}, 0, "", 60));
+  engine->unregister_host(host);
 }
 
 using Bytes = std::vector<unsigned char>;
@@ -347,7 +377,8 @@ int main(int count, char** arguments) {
   quick = count > 1 && std::string(arguments[1]) == "--quick";
   const int failed = RUN(round_trip_through_shared_memory) +
                      RUN(copies_wait_for_the_stream_and_can_be_cancelled_meanwhile) +
-                     RUN(an_error_stays_with_its_ticket) + RUN(gather_and_scatter_are_right) +
+                     RUN(an_error_stays_with_its_ticket) +
+                     RUN(pieces_of_neighbouring_allocations_are_copied) + RUN(gather_and_scatter_are_right) +
                      RUN(a_higher_priority_overtakes) + RUN(small_copies_stay_quick) + RUN(bandwidth_of_small_pieces) +
                      RUN(bandwidth) + test_cuda_digests(quick);
   return failed == 0 ? 0 : 1;

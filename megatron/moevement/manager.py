@@ -83,7 +83,7 @@ class SparseCheckpointManager:
         self._verified = False
         self._started = False
         self._iteration_starts: list[float] = []
-        self._first_step = 0
+        self._first_step, self._seconds = 0, 0.0
         self.plan: SparsePlan | None = None
 
     @property
@@ -353,13 +353,18 @@ class SparseCheckpointManager:
 
     def _measure(self, step: int) -> None:
         """Chooses W once enough iterations are timed; the first one includes warm-up and isn't counted."""
-        times = self._iteration_starts
+        times, link = self._iteration_starts, self._calibration
         if len(times) <= self._config.measure_iterations:
             return
-        iteration = statistics.median(after - before for before, after in itertools.pairwise(times[1:]))
+        if link.found is None:
+            self._seconds = statistics.median(after - before for before, after in itertools.pairwise(times[1:]))
+            link.run(self._events, then_beside_training=True)
+        assert link.found is not None
+        bandwidth = link.bytes_per_second_beside_training
+        if bandwidth is None:
+            return
         self._first_step = step
-        found = self._calibration.run(self._events)
-        rates = (found.bytes_per_second, iteration, found.copy_seconds, found.chunks)
+        rates = (bandwidth, self._seconds, link.found.copy_seconds, link.found.chunks)
         digests = measure_digests(self._digests, self._state, self._tools.device_digests)
         self._adopt(Measured(*rates, digests, self._tools.device_digests is not None), None)
 

@@ -22,7 +22,7 @@ COPY_TIME_USED = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What `auto` plans with: device-to-host bytes per second of this rank, and seconds of an iteration.
+    """What `auto` plans with: device-to-host bytes per second beside training, and seconds of an iteration.
 
     `copy_seconds` are those of an iteration in which a slot can be copied: all but the optimizer step. `chunks` is what
     the engine copies in. Digests are made at `digest_bytes_per_second`, measured without training beside them, by the
@@ -137,7 +137,7 @@ def describe(plan: SparsePlan, state: TrainingState, config: SparseCheckpointCon
     if plan.measured is not None:
         fits = max(plan.slot_bytes) <= plan.measured.budget_bytes
         lines.append(
-            f"measured         {plan.measured.bytes_per_second / GIB:.2f} GiB/s device to host, "
+            f"measured         {plan.measured.bytes_per_second / GIB:.2f} GiB/s device to host beside training, "
             f"{plan.measured.iteration_seconds:.3f} s an iteration, {plan.measured.copy_seconds:.3f} s of it before "
             "the optimizer step: the worst slot "
             + ("fits into one" if fits else "does not fit: expect a stall, see --sparse-ckpt-max-window")

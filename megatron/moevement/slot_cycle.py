@@ -80,7 +80,7 @@ class SlotCycle:
         self._capture = Capture(tools.state, store, tools.engine, *whose, tools.device_digests)
         self._committer = Committer(store, tools.digests, self._on_committed)
         self._age = SnapshotAge(names, max(plan.longest_run, schedule.window), first_step)
-        self.failed_slots = 0
+        self.failed_slots, self._step = 0, first_step
         self._slot_bytes, self._stall_seconds, self._fence_started_time = 0, 0.0, 0.0
 
     def continue_from(self, specs: Mapping[int, SlotSpec], last: int) -> None:
@@ -106,6 +106,7 @@ class SlotCycle:
             loadable_everywhere: newest step that every rank is known to be able to load, -1 if none.
         """
         self._retain(loadable_everywhere)
+        self._step = step
         spec = self.schedule.spec(step)
         try:
             self._slot_bytes = self._capture.begin(spec, record)
@@ -120,7 +121,7 @@ class SlotCycle:
         try:
             copied, _ = self._capture.fence()
         except MoevementError as error:
-            self._fail(-1, str(error))
+            self._fail(self._step, str(error))
             return
         if copied is not None:
             self._committer.submit(copied)
@@ -184,7 +185,7 @@ class SlotCycle:
     def _fail(self, step: int, why: str) -> None:
         """A failed save never ends training: counted, reported, and the next iteration tries again."""
         self.failed_slots += 1
-        self._age.restart(max(step, 0))
+        self._age.restart(step)
         self._tools.events.emit("slot_failed", step=step, reason=why, failed_slots=self.failed_slots)
 
     def _retain(self, loadable_everywhere: int) -> None:

@@ -26,7 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 from megatron.moevement.report.read_events import Event, Tail, parse_lines
 
-RANKS, ITERATIONS, POLL_SECONDS, STACK_SECONDS = 2, 12, 0.2, 3.0
+# The first slots come once the copies are calibrated.
+RANKS, ITERATIONS, POLL_SECONDS, STACK_SECONDS = 2, 20, 0.2, 3.0
 MARK = "MOEVEMENT_SMOKE"
 MODEL = (
     "--num-layers 4 --hidden-size 256 --num-attention-heads 4 --seq-length 256 --num-experts 8 --moe-router-topk 2 "
@@ -34,7 +35,7 @@ MODEL = (
     "--global-batch-size 4 --lr 2e-3 --lr-warmup-iters 3 --split 100,0,0 --untie-embeddings-and-output-weights "
     "--disable-bias-linear --tokenizer-type ByteLevelTokenizer --hidden-dropout 0.1 --attention-dropout 0.1 "
     f"--train-iters {ITERATIONS} --pipeline-model-parallel-size {RANKS} --sparse-ckpt --sparse-ckpt-window 3 "
-    "--sparse-ckpt-progress plain --sparse-ckpt-inject kill@rank=1,iteration=7,point=forward:2"
+    "--sparse-ckpt-progress plain --sparse-ckpt-inject kill@rank=1,iteration=14,point=forward:2"
 )
 DEVICES = {
     "gpu": "--distributed-backend nccl --deterministic-mode",

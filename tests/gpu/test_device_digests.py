@@ -25,7 +25,8 @@ MIB = 1 << 20
 DEVICE_BYTES = 256 * MIB
 LIMITS = {"ranges_limit": 4000, "bytes_limit": 1 << 30}
 TIMEOUT_SECONDS = 60.0
-KILL_AT, ITERATIONS = 8, 12
+# The first slots come once the copies are calibrated.
+KILL_AT, ITERATIONS = 16, 20
 MODEL = (
     "--num-layers 2 --hidden-size 256 --num-attention-heads 4 --seq-length 128 --num-experts 4 --moe-router-topk 2 "
     "--moe-aux-loss-coeff 0.01 --moe-token-dispatcher-type alltoall --bf16 --clip-grad 1.0 --micro-batch-size 1 "
@@ -179,6 +180,7 @@ def test_a_slot_that_is_damaged_in_host_memory_is_refused(tmp_path: Path) -> Non
         assert status == 0, output[-4000:]
         kill = ("--sparse-ckpt-inject", f"kill@rank=0,point=forward,iteration={KILL_AT}")
         status, output, events = run_job(corpus, tmp_path / "killed", name, *kill)
+        show("killed", output)
         assert status != 0 and signal.SIGKILL.name in output, output[-4000:]
         digested = {event["digested_by"] for event in events if event["kind"] == "slot"}
         assert digested == ({"threads"} if "--use-cpu" in PLACE else {"device"})
@@ -190,6 +192,7 @@ def test_a_slot_that_is_damaged_in_host_memory_is_refused(tmp_path: Path) -> Non
         data.release()
         store.close()
         status, output, events = run_job(corpus, tmp_path / "again", name)
+        show("again", output)
         assert status == 0, output[-4000:]
     finally:
         shutil.rmtree(slots, ignore_errors=True)
@@ -199,3 +202,9 @@ def test_a_slot_that_is_damaged_in_host_memory_is_refused(tmp_path: Path) -> Non
     assert len(start["reasons"]) == 1 and start["run"][1] == newest - 1
     calm, again = (json.loads((tmp_path / kind / "digest.rank00000.json").read_text()) for kind in ("calm", "again"))
     assert calm["state"] == again["state"] and again["history"].items() <= calm["history"].items()
+
+
+def show(name: str, output: str) -> None:
+    """Keeps the output where results are collected, if anywhere."""
+    if directory := os.environ.get("RESULTS_DIRECTORY"):
+        Path(directory, f"{name}.log").write_text(output)

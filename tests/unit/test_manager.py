@@ -15,6 +15,7 @@ from megatron.moevement.planning import Surroundings
 from megatron.moevement.recovery.plan import newest_run
 from megatron.moevement.recovery.start import store_path
 from megatron.moevement.schedule.agreement import Agreement
+from megatron.moevement.snapshot.calibration import PROBED_ITERATIONS
 from megatron.moevement.snapshot.capture import Capture
 from megatron.moevement.store import committer
 from megatron.moevement.store.format import DigestedRegion, region_digests
@@ -176,13 +177,13 @@ def test_a_failed_capture_is_counted_and_training_goes_on(tmp_path: Path, monkey
 
 
 def test_auto_measures_and_then_takes_slots(tmp_path: Path) -> None:
-    worker = Worker(tmp_path, window=None, measure_iterations=3)
+    worker = Worker(tmp_path, window=None, measure_iterations=3, max_window=3)
     worker.manager.start(None)
     worker.train(3)
     assert worker.manager.plan is None
     worker.train(LAST).crash()
     assert worker.manager.plan is not None and worker.manager.plan.measured is not None
-    assert min(worker.steps("slot")) == 3
+    assert min(worker.steps("slot")) == 3 + PROBED_ITERATIONS
     again = Worker(tmp_path, seed=9, window=None)
     assert again.manager.start(None).source == "slots"
     assert again.manager.plan is not None

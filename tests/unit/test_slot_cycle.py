@@ -81,6 +81,25 @@ def test_an_interrupted_slot_is_none_and_a_failed_one_is_counted(
     lab.cycle.close()
 
 
+def test_copies_that_fail_late_in_a_run_end_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = Lab(tmp_path)
+    late = 10 * lab.plan.longest_run
+    for step in range(late):
+        lab.take(step, loadable=step - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Capture, "fence", _refuse)
+        for step in range(late, late + 3):
+            lab.cycle.begin(step, None, late - 1)
+            lab.cycle.fence()
+            # The real fence would have dropped it.
+            lab.cycle.interrupt()
+    lab.take(late + 3, loadable=late - 1)
+    assert [e["step"] for e in lab.events if e["kind"] == "slot_failed"] == [late, late + 1, late + 2]
+    # Operators are as old as the last failure, which lost what was captured.
+    assert lab.cycle.status(late + 3)["oldest_age_steps"] == 2
+    lab.cycle.close()
+
+
 def _refuse(*_: Any) -> int:
     raise MoevementError("no free slot")
 

@@ -27,62 +27,103 @@ class Chunks:
     in_flight: int
 
 
-def measure_bandwidth(
-    engine: CopyEngine,
-    sources: Sequence[MemoryRange],
-    directory: Path,
-    rank: int,
-    stream: int,
-    candidates: Sequence[Chunks],
-) -> dict[Chunks, float]:
-    """Bytes per second by candidate, the median of three batches of up to 256 MiB of the training state itself.
-
-    The engine keeps the last candidate's chunks.
+class LinkProbe:
+    """Copies up to 256 MiB of the training state to pinned scratch memory, which nobody reads.
 
     Args:
-        engine: the copy engine, idle.
+        engine: the copy engine.
         sources: device ranges to copy.
-        directory: where the slots will lie; a scratch file is made in it and removed.
+        directory: where the slots will lie; a scratch file is made in it, and removed by `close`.
         rank: keeps the scratch files of ranks apart.
         stream: the device stream that produces the sources.
-        candidates: at least one.
     """
-    chosen, total = list[MemoryRange](), 0
-    for piece in sources:
-        nbytes = min(piece.nbytes, MEASURE_BYTES_LIMIT - total)
-        if nbytes:
-            chosen.append(MemoryRange(piece.address, nbytes))
-        total += nbytes
-    if not total:
+
+    def __init__(
+        self, engine: CopyEngine, sources: Sequence[MemoryRange], directory: Path, rank: int, stream: int
+    ) -> None:
+        chosen, total = list[MemoryRange](), 0
+        for piece in sources:
+            nbytes = min(piece.nbytes, MEASURE_BYTES_LIMIT - total)
+            if nbytes:
+                chosen.append(MemoryRange(piece.address, nbytes))
+            total += nbytes
+        self.nbytes = total
+        self._engine, self._stream = engine, stream
+        self._ticket: int | None = None
+        self._registered = False
+        self._region: HostRegion | None = None
+        if not total:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path = directory / f".bandwidth.rank{rank:05d}"
+        self._path.unlink(missing_ok=True)
+        self._region = region = HostRegion.create(str(self._path), total, prefault=True)
+        try:
+            self._registered = engine.register_host(region.address, region.nbytes)
+        except BaseException:
+            self.close()
+            raise
+        self._sources = np.array([p.address for p in chosen], dtype=np.uint64)
+        self._sizes = np.array([p.nbytes for p in chosen], dtype=np.uint64)
+        self._targets = np.cumsum(self._sizes) - self._sizes + np.uint64(region.address)
+
+    def seconds(self) -> float:
+        """Copies it once, with nothing else to do.
+
+        Raises:
+            EngineError: the copy failed or took too long.
+        """
+        started = time.perf_counter()
+        # Not hurried, as a slot isn't while an iteration runs.
+        ticket = self._submit(1)
+        if not self._engine.wait(ticket, TIMEOUT_SECONDS):
+            self._engine.cancel(ticket)
+            raise EngineError(f"the bandwidth probe took longer than {TIMEOUT_SECONDS:g} s")
+        return time.perf_counter() - started
+
+    def start(self, times: int) -> None:
+        """Begins to copy it so many times, while an iteration runs; what an interrupted one had begun ends."""
+        if self._ticket is not None:
+            self.stop()
+        self._ticket = self._submit(times)
+
+    def stop(self) -> float:
+        """Ends what `start` began; bytes per second until then, 0 if nothing was copied."""
+        assert self._ticket is not None
+        ticket, self._ticket = self._ticket, None
+        stats = self._engine.stats(ticket)
+        self._engine.cancel(ticket)
+        return stats.bytes / stats.copy_seconds if stats.copy_seconds > 0 else 0.0
+
+    def close(self) -> None:
+        """Frees the scratch memory; may be called again."""
+        if self._ticket is not None:
+            self.stop()
+        if self._region is None:
+            return
+        if self._registered:
+            self._engine.unregister_host(self._region.address)
+        self._region.close()
+        self._region = None
+        self._path.unlink(missing_ok=True)
+
+    def _submit(self, times: int) -> int:
+        words = (np.tile(array, times) for array in (self._sources, self._targets, self._sizes))
+        return self._engine.submit(*words, stream=self._stream, label="bandwidth probe")
+
+
+def measure_bandwidth(probe: LinkProbe, engine: CopyEngine, candidates: Sequence[Chunks]) -> dict[Chunks, float]:
+    """Bytes per second by candidate, the median of three copies with nothing else to do.
+
+    The engine, which is idle, keeps the last candidate's chunks.
+    """
+    if not probe.nbytes:
         return dict.fromkeys(candidates, float("inf"))
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f".bandwidth.rank{rank:05d}"
-    path.unlink(missing_ok=True)
-    region = HostRegion.create(str(path), total, prefault=True)
-    registered = False
     rates = {}
-    try:
-        registered = engine.register_host(region.address, region.nbytes)
-        addresses = np.array([p.address for p in chosen], dtype=np.uint64)
-        sizes = np.array([p.nbytes for p in chosen], dtype=np.uint64)
-        offsets = np.concatenate([np.zeros(1, np.uint64), np.cumsum(sizes)[:-1]]) + np.uint64(region.address)
-        for candidate in candidates:
-            engine.set_chunks(candidate.nbytes, candidate.in_flight)
-            seconds = []
-            for _ in range(REPEATS):
-                started = time.perf_counter()
-                # Not hurried, as a slot isn't while an iteration runs.
-                ticket = engine.submit(addresses, offsets, sizes, stream=stream, label="bandwidth probe")
-                if not engine.wait(ticket, TIMEOUT_SECONDS):
-                    engine.cancel(ticket)
-                    raise EngineError(f"the bandwidth probe took longer than {TIMEOUT_SECONDS:g} s")
-                seconds.append(time.perf_counter() - started)
-            rates[candidate] = total / sorted(seconds)[REPEATS // 2]
-    finally:
-        if registered:
-            engine.unregister_host(region.address)
-        region.close()
-        path.unlink(missing_ok=True)
+    for candidate in candidates:
+        engine.set_chunks(candidate.nbytes, candidate.in_flight)
+        seconds = sorted(probe.seconds() for _ in range(REPEATS))
+        rates[candidate] = probe.nbytes / seconds[REPEATS // 2]
     return rates
 
 

@@ -1,5 +1,6 @@
 """Calibrates the copy engine against this rank's link and model, in the first iterations."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,9 +9,12 @@ from typing import Any
 
 from megatron.moevement.events import EventLog
 from megatron.moevement.operators.state import TrainingState, full_pieces
-from megatron.moevement.snapshot.bandwidth import Chunks, choose_chunks, measure_bandwidth
+from megatron.moevement.snapshot.bandwidth import Chunks, LinkProbe, choose_chunks, measure_bandwidth
 from megatron.moevement.snapshot.copy_time import CopyTime
 from moevement_ext import CopyEngine
+
+# Training and copies compete for the device's memory and for its driver: on an H200 a link of 52 GB/s gave 40 GB/s.
+PROBED_ITERATIONS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +43,7 @@ class Calibrated:
 
 
 class Calibration:
-    """Times iterations, then measures the link once and sets the engine's chunks.
+    """Times iterations, then measures the link once and sets the engine's chunks, then copies beside iterations.
 
     Args:
         engine: what is calibrated.
@@ -62,32 +66,72 @@ class Calibration:
         self._engine, self._state, self._chunks, self._awaited = engine, state, tuple(chunks), awaited_copies
         self._directory, self._rank = directory, rank
         self._time = CopyTime(engine)
+        self._probe: LinkProbe | None = None
+        self._times = 0
+        self._beside = list[float]()
         self.done = len(self._chunks) == 1
+        self.found: Calibrated | None = None
 
     @property
     def iterations(self) -> int:
         """Iterations timed so far."""
         return len(self._time.seconds)
 
+    @property
+    def bytes_per_second_beside_training(self) -> float | None:
+        """What the link gives while an iteration runs; None until enough iterations have been probed."""
+        if self.found is None or len(self._beside) < PROBED_ITERATIONS:
+            return None
+        # A copy that is now and then too slow holds up training.
+        return min(*self._beside, self.found.bytes_per_second)
+
     def begin_iteration(self) -> None:
-        """Starts to time an iteration."""
-        self._time.begin(self._state.stream())
+        """Starts to time an iteration, or to copy beside it."""
+        if self._probe is None:
+            self._time.begin(self._state.stream())
+        else:
+            self._probe.start(self._times)
 
     def fence(self) -> None:
-        """The timed iteration, if one is, has come to its optimizer step."""
-        self._time.fence()
+        """The iteration that is timed or copied beside, if one is, has come to its optimizer step."""
+        if self._probe is None:
+            self._time.fence()
+            return
+        self._beside.append(self._probe.stop())
+        if len(self._beside) == PROBED_ITERATIONS:
+            self._forget_probe()
 
-    def run(self, events: EventLog) -> Calibrated:
+    def run(self, events: EventLog, then_beside_training: bool = False) -> Calibrated:
         """Measures, reports, and leaves the engine, which is idle, with the best chunks.
 
         At least two iterations are timed; the first isn't counted.
+
+        Args:
+            events: who is told.
+            then_beside_training: whether the next iterations are probed.
         """
         seconds = statistics.median(self._time.seconds[1:])
         place = (self._directory, self._rank, self._state.stream())
-        rates = measure_bandwidth(self._engine, full_pieces(self._state), *place, self._chunks)
+        self._probe = LinkProbe(self._engine, full_pieces(self._state), *place)
+        try:
+            rates = measure_bandwidth(self._probe, self._engine, self._chunks)
+        except BaseException:
+            self._forget_probe()
+            raise
         best = choose_chunks(rates, self._awaited, seconds)
         self._engine.set_chunks(best.nbytes, best.in_flight)
         self.done = True
-        found = Calibrated(best, rates[best], seconds, self._awaited, rates)
-        events.emit("calibration", **found.fields())
-        return found
+        self.found = Calibrated(best, rates[best], seconds, self._awaited, rates)
+        if not self._probe.nbytes:
+            self._beside = [rates[best]] * PROBED_ITERATIONS
+        # More than fits, so that the link is busy all the time.
+        self._times = 1 + math.ceil(rates[best] * seconds / self._probe.nbytes) if self._probe.nbytes else 0
+        if not then_beside_training or not self._probe.nbytes:
+            self._forget_probe()
+        events.emit("calibration", **self.found.fields())
+        return self.found
+
+    def _forget_probe(self) -> None:
+        if self._probe is not None:
+            self._probe.close()
+            self._probe = None

@@ -1,13 +1,14 @@
 """The bandwidth probe: copies real memory with the engine that slots use, and leaves nothing behind."""
 
 import ctypes
+import time
 from pathlib import Path
 
 import pytest
 
 from megatron.moevement.operators.state import MemoryRange
 from megatron.moevement.snapshot import bandwidth
-from megatron.moevement.snapshot.bandwidth import Chunks, choose_chunks, measure_bandwidth, measure_digests
+from megatron.moevement.snapshot.bandwidth import Chunks, LinkProbe, choose_chunks, measure_bandwidth, measure_digests
 from moevement_ext import CopyEngine, DeviceDigests, DigestPool, EngineError
 from tests.support.engines import SlowDigests
 from tests.support.slots import MemoryState
@@ -23,21 +24,29 @@ def memory(nbytes: int) -> tuple[MemoryRange, ctypes.Array[ctypes.c_char]]:
     return MemoryRange(ctypes.addressof(buffer), nbytes), buffer
 
 
+def measured(engine: CopyEngine, sources: list[MemoryRange], directory: Path) -> float:
+    """Bytes per second of a probe that is made and closed."""
+    probe = LinkProbe(engine, sources, directory, 3, 0)
+    try:
+        return measure_bandwidth(probe, engine, [CHUNKS])[CHUNKS]
+    finally:
+        probe.close()
+        probe.close()
+
+
 def test_a_capped_engine_is_measured_at_its_cap(tmp_path: Path) -> None:
     source, _keep = memory(MIB)
-    engine = CopyEngine(bytes_per_second_limit=8 * MIB)
-    found = measure_bandwidth(engine, [source], tmp_path / "new", 3, 0, [CHUNKS])[CHUNKS]
+    found = measured(CopyEngine(bytes_per_second_limit=8 * MIB), [source], tmp_path / "new")
     # The first chunk needs no waiting, and a busy machine can only be slower.
     assert 0 < found < 16 * MIB
-    free = measure_bandwidth(CopyEngine(), [source], tmp_path / "new", 3, 0, [CHUNKS])[CHUNKS]
-    assert free > found, "the control: without the cap it is faster"
+    assert measured(CopyEngine(), [source], tmp_path / "new") > found, "the control: without the cap it is faster"
     assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_a_file_of_a_killed_probe_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / ".bandwidth.rank00000").write_bytes(b"left behind")
+    (tmp_path / ".bandwidth.rank00003").write_bytes(b"left behind")
     source, _keep = memory(4096)
-    assert measure_bandwidth(CopyEngine(), [source], tmp_path, 0, 0, [CHUNKS])[CHUNKS] > 0
+    assert measured(CopyEngine(), [source], tmp_path) > 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -46,11 +55,11 @@ def test_the_probe_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     source, _keep = memory(4096)
     beyond = MemoryRange(source.address, 1 << 40)  # copying all of it would end the process
     for sources in ([source, source, beyond], [beyond]):
-        assert 0 < measure_bandwidth(CopyEngine(), sources, tmp_path, 0, 0, [CHUNKS])[CHUNKS] < float("inf")
+        assert 0 < measured(CopyEngine(), sources, tmp_path) < float("inf")
 
 
 def test_a_rank_that_owns_nothing_has_no_limit(tmp_path: Path) -> None:
-    assert measure_bandwidth(CopyEngine(), [], tmp_path / "new", 0, 0, [CHUNKS]) == {CHUNKS: float("inf")}
+    assert measured(CopyEngine(), [], tmp_path / "new") == float("inf")
     assert not (tmp_path / "new").exists()
 
 
@@ -59,8 +68,24 @@ def test_nothing_is_left_after_a_failure(tmp_path: Path) -> None:
     engine.close()
     source, _keep = memory(4096)
     with pytest.raises(EngineError):
-        measure_bandwidth(engine, [source], tmp_path, 0, 0, [CHUNKS])
+        measured(engine, [source], tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_beside_an_iteration_it_copies_until_it_is_stopped(tmp_path: Path) -> None:
+    source, _keep = memory(MIB)
+    with CopyEngine(chunk_bytes=1 << 16, bytes_per_second_limit=8 * MIB) as engine:
+        probe = LinkProbe(engine, [source, source], tmp_path, 3, 0)
+        # 2 GiB would take minutes at the cap.
+        probe.start(1024)
+        time.sleep(0.2)
+        assert 0 < probe.stop() < 16 * MIB
+        # An iteration that was interrupted leaves its copies behind.
+        probe.start(1024)
+        probe.start(1024)
+        assert engine.state(2) == "cancelled"
+        probe.close()
+        assert engine.state(3) == "cancelled" and list(tmp_path.iterdir()) == []
 
 
 SMALL, LARGE = Chunks(4 * MIB, 2), Chunks(16 * MIB, 2)

@@ -1,5 +1,6 @@
 """The calibration measures every candidate and leaves the engine with the best one."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 
 from megatron.moevement.events import EventLog
 from megatron.moevement.snapshot import calibration
-from megatron.moevement.snapshot.bandwidth import Chunks
+from megatron.moevement.snapshot.bandwidth import Chunks, LinkProbe
 from megatron.moevement.snapshot.calibration import Calibration
 from moevement_ext import CopyEngine
 from tests.support.slots import MemoryState
@@ -57,3 +58,44 @@ def test_a_single_candidate_needs_no_calibration(tmp_path: Path) -> None:
         calibrating = timed(engine, tmp_path, (SMALL,))
         assert calibrating.done
         assert calibrating.run(EventLog(None, 0)).chunks == SMALL
+
+
+def test_beside_training_the_slowest_of_the_probed_iterations_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates, stop_copies = iter([5.0, 3.0]), LinkProbe.stop
+
+    def stop(probe: LinkProbe) -> float:
+        stop_copies(probe)
+        return next(rates, 0.0)
+
+    monkeypatch.setattr(LinkProbe, "stop", stop)
+    with CopyEngine() as engine:
+        calibrating = timed(engine, tmp_path, (SMALL, LARGE))
+        calibrating.run(EventLog(None, 0), then_beside_training=True)
+        for _ in range(calibration.PROBED_ITERATIONS):
+            assert calibrating.bytes_per_second_beside_training is None
+            assert [path.name for path in tmp_path.iterdir()] == [".bandwidth.rank00000"]
+            calibrating.begin_iteration()
+            calibrating.fence()
+        assert calibrating.bytes_per_second_beside_training == 3.0
+        assert calibrating.iterations == 3 and list(tmp_path.iterdir()) == []
+
+
+def test_it_is_probed_by_copying(tmp_path: Path) -> None:
+    with CopyEngine() as engine:
+        calibrating = timed(engine, tmp_path, (SMALL,))
+        found = calibrating.run(EventLog(None, 0), then_beside_training=True)
+        for _ in range(calibration.PROBED_ITERATIONS):
+            calibrating.begin_iteration()
+            time.sleep(0.01)
+            calibrating.fence()
+        beside = calibrating.bytes_per_second_beside_training
+        assert beside is not None and 0 < beside <= found.bytes_per_second
+
+
+def test_without_a_probe_nothing_is_left(tmp_path: Path) -> None:
+    with CopyEngine() as engine:
+        calibrating = timed(engine, tmp_path, (SMALL, LARGE))
+        calibrating.run(EventLog(None, 0))
+        assert calibrating.bytes_per_second_beside_training is None and list(tmp_path.iterdir()) == []
