@@ -35,6 +35,13 @@ for part in "$@"; do
         note "compute-sanitizer $tool: status $?"
         tail -6 "$results/$tool.log"
       done ;;
+    exact)
+      # Correctness alone: two jobs may share the GPU.
+      RESULTS_DIRECTORY=$results timeout 150 python3 -m pytest -m gpu tests/gpu/test_device_digests.py -k damaged -q -x -p no:cacheprovider >"$results/damaged.log" 2>&1 &
+      damaged=$!
+      timeout "${LIMIT:-250}" python3 -m pytest -m gpu tests/gpu/test_main_job.py -q -x -p no:cacheprovider ${JOB:-} 2>&1 | tail -45
+      wait $damaged
+      tail -5 "$results/damaged.log" ;;
     job) timeout "${LIMIT:-250}" python3 -m pytest -m gpu tests/gpu/test_main_job.py -q -x -p no:cacheprovider ${JOB:-} 2>&1 | tail -45 ;;
     boundary) timeout 200 python3 -m pytest -m gpu tests/gpu/test_boundary.py -q -x -s -p no:cacheprovider 2>&1 | tail -30 ;;
     digests) timeout 200 python3 -m pytest -m gpu tests/gpu/test_device_digests.py -q -x -s -p no:cacheprovider 2>&1 | tail -30 ;;

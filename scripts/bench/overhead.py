@@ -10,9 +10,10 @@ iteration, with digests as `--digest` says; `sparse-undigested`: without. `spars
 a side stream. A sparse variant may have switches, such as `sparse:digests=host`, `sparse:digests=device:blocks=32`,
 `sparse:chunks=2x4` (MiB, in flight), `sparse:copies=off:digests=off` or `sparse:pauses` (scripts/bench/switches.py).
 `dcp`: torch.distributed.checkpoint.async_save of everything in every iteration; `nvrx`: the local checkpoint of
-nvidia-resiliency-ext; both run after the others, because a save takes many iterations. The first iteration of a block
-isn't counted, because the block before it is still being digested. Besides the time of iterations it shows how long
-processors were busy in them, all threads of all ranks together. Writes `<output>.json` and `<output>.png`.
+nvidia-resiliency-ext; both run after the others, because a save takes many iterations. All blocks train on the same
+batches, at a small learning rate, so that routers send the same tokens to the same experts. The first iteration of a
+block isn't counted, because the block before it is still being digested. Besides the time of iterations it shows how
+long processors were busy in them, all threads of all ranks together. Writes `<output>.json` and `<output>.png`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ WORKER = Path(__file__).resolve().parent / "overhead_worker.py"
 
 COMMON = "--bf16 --moe-router-topk 2 --moe-token-dispatcher-type alltoall --moe-aux-loss-coeff 0.01 --clip-grad 1.0 "
 COMMON += (
-    "--lr 1e-4 --lr-decay-style constant --split 100,0,0 --tokenizer-type ByteLevelTokenizer --train-iters 1000000"
+    "--lr 1e-6 --lr-decay-style constant --split 100,0,0 --tokenizer-type ByteLevelTokenizer --train-iters 1000000"
 )
 DEMO = (
     "--num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 128 --num-experts 8 --hidden-dropout 0.1 "

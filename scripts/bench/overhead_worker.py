@@ -70,6 +70,11 @@ def measure(config: TrainingConfig, sparse: SparseCheckpointConfig, options: arg
     def run(hook: Any, iterations: int) -> list[tuple[float, float]]:
         return clock.block(functools.partial(train_loop.train_iteration, training, hook), iterations)
 
+    def run_block(hook: Any, iterations: int) -> list[tuple[float, float]]:
+        # The same batches in every block: what the routers make of others takes longer or shorter.
+        training.step = WARM_UP_ITERATIONS
+        return run(hook, iterations)
+
     raw: dict[str, Any] = {
         "parameters": parameters,
         "device": torch.cuda.get_device_name() if on_gpu else "CPU",
@@ -86,7 +91,7 @@ def measure(config: TrainingConfig, sparse: SparseCheckpointConfig, options: arg
             say(f"{name}: first iteration")
         for number in range(options.blocks):
             for name in list(hooks) if number % 2 == 0 else list(hooks)[::-1]:
-                record.block(name, functools.partial(run, hooks[name]), options.block)
+                record.block(name, functools.partial(run_block, hooks[name]), options.block)
             say(f"block {number + 1} of {options.blocks}: {record.medians()}")
             raw["slots"] = slots.figures() if slots is not None else {}
             _write(options.raw, raw, record, clock)
@@ -96,7 +101,7 @@ def measure(config: TrainingConfig, sparse: SparseCheckpointConfig, options: arg
             slots = None
         with contextlib.ExitStack() as stack:
             hook = _slow_hook(training, name, options.scratch, on_gpu, stack)
-            record.block(name, functools.partial(run, hook), 1 + options.slow_iterations)
+            record.block(name, functools.partial(run_block, hook), 1 + options.slow_iterations)
             say(f"{name}: {record.medians()}")
             _write(options.raw, raw, record, clock)
     if slots is not None:

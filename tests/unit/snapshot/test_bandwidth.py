@@ -3,6 +3,7 @@
 import ctypes
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,6 +57,21 @@ def test_the_probe_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     beyond = MemoryRange(source.address, 1 << 40)  # copying all of it would end the process
     for sources in ([source, source, beyond], [beyond]):
         assert 0 < measured(CopyEngine(), sources, tmp_path) < float("inf")
+
+
+def test_the_probe_takes_pieces_from_all_over_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bandwidth, "MEASURE_BYTES_LIMIT", 4096)
+    given: list[list[int]] = []
+
+    class Noting(CopyEngine):
+        def submit(self, sources: Any, *arguments: Any, **options: Any) -> int:
+            given.append(sources.tolist())
+            return super().submit(sources, *arguments, **options)
+
+    source, _keep = memory(40 * 1024)
+    pieces = [MemoryRange(source.address + 1024 * number, 1024) for number in range(40)]
+    measured(Noting(), pieces, tmp_path)
+    assert given[0] == [pieces[number].address for number in (0, 10, 20, 30)]
 
 
 def test_a_rank_that_owns_nothing_has_no_limit(tmp_path: Path) -> None:
