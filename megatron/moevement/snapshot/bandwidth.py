@@ -111,8 +111,8 @@ class LinkProbe:
         self._path.unlink(missing_ok=True)
 
     def _submit(self, times: int) -> int:
-        words = (np.tile(array, times) for array in (self._sources, self._targets, self._sizes))
-        return self._engine.submit(*words, stream=self._stream, label="bandwidth probe")
+        sources, targets, sizes = (np.tile(array, times) for array in (self._sources, self._targets, self._sizes))
+        return self._engine.submit(sources, targets, sizes, stream=self._stream, label="bandwidth probe")
 
 
 def measure_bandwidth(probe: LinkProbe, engine: CopyEngine, candidates: Sequence[Chunks]) -> dict[Chunks, float]:
