@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,13 +54,15 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
         check_outputs(config)
     if link is not None:
         _allow_descriptors()
-    rank = int(os.environ.get("RANK", "0"))
+    rank, startup = int(os.environ.get("RANK", "0")), _Startup()
     try:
         topology = distributed.start(config, link)
+        startup.lap("connect_seconds")
         job = build_job(config, topology)
+        startup.lap("job_seconds")
         # It would keep the process groups of a generation that has failed, and their sockets.
         del topology
-        history = _train_sparse(job, sparse, link) if sparse.enabled else _train(job)
+        history = _train_sparse(job, sparse, link, startup) if sparse.enabled else _train(job)
         if config.state_digest is not None:
             state_digest.write_state_digest(config.state_digest, job, history)
         distributed.stop()
@@ -78,6 +81,19 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
     finally:
         if link is not None:
             link.close()
+
+
+class _Startup:
+    """What a process does before it can train or recover, one lap after another; whoever waits for it wants to know."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """Ends a lap."""
+        now = time.perf_counter()
+        self.laps[name], self._last = now - self._last, now
 
 
 def _allow_descriptors() -> None:
@@ -162,7 +178,7 @@ def _train(job: TrainingJob) -> list[train_loop.IterationOutcome]:
 
 
 def _train_sparse(
-    job: TrainingJob, sparse: SparseCheckpointConfig, link: WorkerLink | None
+    job: TrainingJob, sparse: SparseCheckpointConfig, link: WorkerLink | None, startup: _Startup
 ) -> list[train_loop.IterationOutcome]:
     """Training with a slot in every iteration."""
     events = EventLog(sparse.log_directory, job.topology.rank)
@@ -171,7 +187,7 @@ def _train_sparse(
         place = (job.topology.rank, job.topology.world_size, restart_count())
         injection.arm(sparse.inject, sparse.job_directory, place, lambda text: events.emit("injected", fault=text))
     try:
-        history = _train_with_manager(job, sparse, events, link)
+        history = _train_with_manager(job, sparse, events, link, startup)
         injection.disarm(forget=True)
         return history
     finally:
@@ -181,12 +197,18 @@ def _train_sparse(
 
 
 def _train_with_manager(
-    job: TrainingJob, sparse: SparseCheckpointConfig, events: EventLog, link: WorkerLink | None
+    job: TrainingJob,
+    sparse: SparseCheckpointConfig,
+    events: EventLog,
+    link: WorkerLink | None,
+    startup: _Startup,
 ) -> list[train_loop.IterationOutcome]:
     if sparse.dense_interval and job.config.save is None:
         raise ConfigError(f"--sparse-ckpt-dense-interval {sparse.dense_interval} needs --save: name a directory")
     engine = copy_engine(job.topology.device, sparse)
     manager, state = build_manager(job, sparse, events, engine)
+    startup.lap("manager_seconds")
+    events.emit("startup", **startup.laps)
     if sparse.dry_run:
         _print_plan(job, sparse, manager, state)
         return []

@@ -1,0 +1,57 @@
+"""Where an iteration's time goes on a GPU: kernels that got slower, or gaps between them that got longer.
+
+Snapshots can slow training in two ways: what it computes takes longer (the clock, the memory), or the device waits
+longer for what it is to compute (launches, small copies that the host awaits).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+# What a slot needs of the device, by the names of kernels and copies; all else is training's.
+OF_SLOTS = ("digest_leaves", "move_pieces", "Memcpy DtoH")
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of spans (begin, end)."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
+
+
+def profiled(run: Callable[[], object], iterations: int) -> dict[str, Any]:
+    """Runs `iterations` under torch's profiler, and tells seconds of an iteration on the device.
+
+    `busy_seconds`: at least one kernel of training runs. `kernel_seconds`: their sum. `idle_seconds`: none runs.
+    `longest`: the ten kinds of kernels that take most, with their seconds.
+    """
+    import torch
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    spans, kinds = [], dict[str, float]()
+    for event in events:
+        if not any(name in event.name for name in OF_SLOTS):
+            spans.append((event.time_range.start, event.time_range.end))
+            kinds[event.name] = kinds.get(event.name, 0.0) + event.time_range.elapsed_us()
+    if not spans:
+        return {}
+    whole = max(end for _, end in spans) - min(begin for begin, _ in spans)
+    busy, scale = covered(spans), 1e-6 / iterations
+    return {
+        "kernels": len(spans) / iterations,
+        "busy_seconds": busy * scale,
+        "kernel_seconds": sum(end - begin for begin, end in spans) * scale,
+        "idle_seconds": (whole - busy) * scale,
+        "longest": {
+            name[:80]: seconds * scale for name, seconds in sorted(kinds.items(), key=lambda item: -item[1])[:10]
+        },
+    }
