@@ -110,10 +110,11 @@ class SlotCycle:
         spec = self.schedule.spec(step)
         try:
             self._slot_bytes = self._capture.begin(spec, record)
+            self._age.capture(step, spec.full)
         except MoevementError as error:
+            # Under way only if an operator was found too old, which a broken schedule alone can cause.
+            self._capture.cancel()
             self._fail(step, str(error))
-            return
-        self._age.capture(step, spec.full)
 
     def fence(self) -> None:
         """Returns when every copy of the slot has been read from the device."""

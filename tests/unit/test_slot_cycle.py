@@ -1,5 +1,6 @@
 """A slot in every iteration: committed, retained, counted when it fails."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,26 @@ def test_copies_that_fail_late_in_a_run_end_nothing(tmp_path: Path, monkeypatch:
     # Operators are as old as the last failure, which lost what was captured.
     assert lab.cycle.status(late + 3)["oldest_age_steps"] == 2
     lab.cycle.close()
+
+
+def test_an_operator_that_is_never_captured_is_told_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab, name = Lab(tmp_path), min(TABLE.names)
+    spec = type(lab.cycle.schedule).spec
+
+    def without(schedule: Any, step: int) -> Any:
+        whole = spec(schedule, step)
+        return dataclasses.replace(whole, full=tuple(n for n in whole.full if n != name))
+
+    monkeypatch.setattr(type(lab.cycle.schedule), "spec", without)
+    for step in range(12):
+        lab.take(step, loadable=step - 1)
+    failed = [e for e in lab.events if e["kind"] == "slot_failed"]
+    bound = max(lab.plan.longest_run, 3)
+    assert [e["step"] for e in failed] == [bound + 1, 2 * bound + 2][: len(failed)] and failed
+    assert f"{name} was last captured {bound + 1} steps ago" in failed[0]["reason"]
+    assert bound + 1 not in lab.steps()
 
 
 def _refuse(*_: Any) -> int:
