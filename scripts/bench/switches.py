@@ -16,6 +16,8 @@ from megatron.moevement.config import MIB
 from moevement_ext import CopyEngine, DeviceDigests, DigestPool
 
 MOST_RANGES = 100_000
+# Among the arguments of `CopyEngine.submit`.
+_PRIORITY_PLACE = 5
 # What DeviceDigests has by default.
 DEVICE_BLOCKS = 64
 
@@ -114,7 +116,9 @@ class SwitchedEngine(CopyEngine):
         super().set_chunks(chunk_bytes, chunks_in_flight)
 
     def submit(self, *arguments: Any, **options: Any) -> int:
-        """Queues a batch."""
+        """Queues a batch; the transcript's, of higher priority than the slots', is not switched."""
+        if len(arguments) > _PRIORITY_PLACE and arguments[_PRIORITY_PLACE]:
+            return super().submit(*arguments, **options)
         if not self.copies:
             arguments, options = tuple(array[:1] for array in arguments), {**options, "groups": [("nothing", 1)]}
         return super().submit(*arguments, **{"spread_seconds": self.spread_seconds, **options})
