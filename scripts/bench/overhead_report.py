@@ -75,10 +75,15 @@ def left_out(one: dict[str, Any]) -> str:
     return f"{worst} of {one['iterations']} iterations are not in the transcript of some rank{reasons}"
 
 
-def label(name: str) -> str:
-    """What a variant is called in the plot."""
+def label(name: str, one: dict[str, Any]) -> str:
+    """What a variant is called in the plot, and its overhead by pairs of blocks."""
     kind, _, switches = name.partition(":")
-    return LABELS[kind] + (f"\n{switches}" if switches else "")
+    lines = [LABELS[kind], *([switches] if switches else [])]
+    if one.get("overhead_of_block_pairs"):
+        sure = one["overhead_interval_95"]
+        interval = f" ({100 * sure[0]:+.1f} to {100 * sure[1]:+.1f})" if sure else ""
+        lines.append(f"{100 * one['overhead_median_of_pairs']:+.1f}%{interval}")
+    return "\n".join(lines)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -95,15 +100,14 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.barh(row, 1000 * (one["quartiles"][1] - one["quartiles"][0]), 0.6, 1000 * one["quartiles"][0], color="0.9")
         axes.scatter(milliseconds, [row + 0.04 * (i % 7 - 3) for i in range(len(milliseconds))], s=14, alpha=0.6)
         axes.plot([1000 * one["median"]] * 2, [row - 0.3, row + 0.3], color="black", linewidth=1.5)
-    axes.set_yticks(range(len(variants)), [label(name) for name in variants])
+    axes.set_yticks(range(len(variants)), [label(name, one) for name, one in variants.items()])
     axes.set_ylim(-0.6, len(variants) - 0.4)
-    axes.set_xlabel("milliseconds an iteration (line: median, grey: middle half)")
+    axes.set_xlabel("milliseconds an iteration (line: median, grey: middle half; %: beside blocks without it)")
     if max(one["median"] for one in variants.values()) > 5 * variants["off"]["median"]:
         axes.set_xscale("log")
     title = f"{result['model']} on {result['machine']['device']}"
-    if "sparse" in variants:
-        sparse = variants["sparse"]
-        title += f": W={result['slots']['window']} {result['mode']}, overhead {100 * sparse['overhead']:+.2f}%"
+    if result["slots"]:
+        title += f": W={result['slots']['window']} {result['mode']}"
     axes.set_title(title, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=140)

@@ -147,8 +147,8 @@ class Record:
     def round(self, number: int, variants: Mapping[str, Block], iterations: int) -> None:
         """Runs a block of every variant, each beside one of `off`, which comes first and second in turn."""
         others = [name for name in variants if name != "off"]
-        for place, name in enumerate(others if number % 2 == 0 else others[::-1]):
-            for one in ("off", name) if (number + place) % 2 == 0 else (name, "off"):
+        for name in others if number % 2 == 0 else others[::-1]:
+            for one in ("off", name) if (number + others.index(name)) % 2 == 0 else (name, "off"):
                 self.block(one, variants[one], iterations)
             self.off_beside.setdefault(name, []).append(len(self.blocks["off"]) - 1)
         if not others:

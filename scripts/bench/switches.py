@@ -103,7 +103,7 @@ class SwitchedEngine(CopyEngine):
 
     def __init__(self, *arguments: Any, **limits: Any) -> None:
         super().__init__(*arguments, **limits)
-        self.own_chunks: tuple[int, int] | None = None
+        self.own_chunks: tuple[int, int] = (limits["chunk_bytes"], limits["chunks_in_flight"])
         SwitchedEngine.made.append(self)
 
     def set_chunks(self, chunk_bytes: int, chunks_in_flight: int) -> None:
@@ -160,9 +160,7 @@ class Switched:
         """Sets the switches, and begins the slot."""
         SwitchedPool.threads_wanted = self._threads
         SwitchedDigests.wanted, SwitchedDigests.blocks_wanted = self._on_device, self._blocks
-        chunks = self._chunks or self._engine.own_chunks
-        if chunks:
-            self._engine.set_switched(*chunks)
+        self._engine.set_switched(*(self._chunks or self._engine.own_chunks))
         self._engine.spread_seconds = self._spread * statistics.median(self._seconds or [0.0])
         self._engine.copies = self._copies
         if self._pauses:
@@ -174,6 +172,8 @@ class Switched:
         """The fence."""
         self._seconds.append(time.perf_counter() - self._started)
         self._inner.before_optimizer_step(iteration)
+        # A transcript without slots uses the same engine.
+        self._engine.set_switched(*self._engine.own_chunks)
         # The pool is switched by whoever comes next: this slot's digests begin now.
         self._engine.spread_seconds, Pauses.engine = 0.0, None
 
