@@ -39,7 +39,7 @@ import sys
 import tempfile
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -113,7 +113,7 @@ def main() -> int:
     print_table(result)
     problem = transcript_problem(result)
     if problem:
-        print(f"{problem}; it was not measured", file=sys.stderr)
+        print(f"its figures say nothing of the transcript: {problem}", file=sys.stderr)
     return status or (1 if problem else 0)
 
 
@@ -163,24 +163,28 @@ def parse() -> argparse.Namespace:
         help="end the job then; results are of what it measured before",
     )
     options = parser.parse_args()
+
+    def refuse(text: str) -> NoReturn:
+        parser.exit(2, f"overhead.py: {text}\n")
+
     counted = options.blocks * (options.block - 1) if min(options.blocks, options.block) > 0 else 0
     # Quartiles need two.
     if min(counted, options.slow_iterations) < 2:
-        parser.error("--blocks, --block and --slow-iterations: at least two iterations of each variant must count")
+        refuse("--blocks, --block and --slow-iterations: at least two iterations of each variant must count")
     names = options.variants.split(",")
     unknown = {name for name in names if name.partition(":")[0] not in LABELS}
     if unknown or "off" not in names:
-        parser.error(f"--variants {options.variants}: 'off' and any of {', '.join(LABELS)}")
+        refuse(f"--variants {options.variants}: 'off' and any of {', '.join(LABELS)}")
     for name in names:
         if ":" in name and name.partition(":")[0] not in SWITCHED:
-            parser.error(f"--variants {name}: only {' and '.join(SWITCHED)} have switches")
+            refuse(f"--variants {name}: only {' and '.join(SWITCHED)} have switches")
         if is_transcribed(name) and stages(options.model) == 1:
             several = ", ".join(model for model in sorted(MODELS) if stages(model) > 1)
-            parser.error(
+            refuse(
                 f"--variants {name}: nothing crosses a stage boundary in --model {options.model}; take one of {several}"
             )
     if "transcript" in names and options.window == "auto" and not any(name.startswith("sparse") for name in names):
-        parser.error("--window auto: the transcript alone has no slots to plan a window for; give W or add sparse")
+        refuse("--window auto: the transcript alone has no slots to plan a window for; give W or add sparse")
     return options
 
 

@@ -38,7 +38,7 @@ class Transcripts:
         from megatron.moevement.integration.boundary import boundary_of
         from megatron.moevement.integration.transcription import Transcription
 
-        self._training, self._longest_run = training, longest_run
+        self._training, self._longest_run, self._directory = training, longest_run, config.job_directory
         self._agreement = Agreement(training.topology.control)
         self._boundary = boundary_of(training)
         self._memory: dict[str, Any] = {}
@@ -130,8 +130,10 @@ class Transcripts:
         }
 
     def close(self) -> None:
-        """Removes the transcript."""
+        """Removes the transcript, and its directory unless there are slots in it."""
         self._transcription.close(keep=False)
+        with contextlib.suppress(OSError):
+            self._directory.rmdir()
 
 
 class Transcribed:

@@ -11,7 +11,7 @@ from megatron.moevement.errors import ConfigError, StoreError
 from megatron.moevement.integration import train_loop
 from megatron.moevement.integration.boundary import LoggedP2P
 from megatron.moevement.integration.job import TrainingJob, build_communicator
-from megatron.moevement.transcript.log import TranscriptLog, transcript_path
+from megatron.moevement.transcript.log import TranscriptLog
 from moevement_ext import CopyEngine
 from scripts.bench.transcripts import Transcribed, Transcripts
 
@@ -32,7 +32,7 @@ def transcripts(job: TrainingJob, tmp_path: Path) -> Iterator[Transcripts]:
     made = Transcripts(job, config, CopyEngine(), LONGEST_RUN)
     yield made
     made.close()
-    assert not transcript_path(config.job_directory, 0).exists()
+    assert not config.job_directory.exists()
 
 
 def block(job: TrainingJob, transcripts: Transcripts, iterations: int) -> None:
@@ -105,4 +105,4 @@ def test_without_room_there_is_nothing_to_measure(job: TrainingJob, tmp_path: Pa
     config = SparseCheckpointConfig(enabled=True, directory=tmp_path, transcript_memory_gib=1e-9)
     with pytest.raises(ConfigError, match="no transcript to measure: the transcript needs"):
         Transcripts(job, config, CopyEngine(), LONGEST_RUN)
-    assert not transcript_path(config.job_directory, 0).exists()
+    assert not config.job_directory.exists()
