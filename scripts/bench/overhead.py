@@ -9,10 +9,19 @@ iteration, with digests as `--digest` says; `sparse-undigested`: without. `spars
 `copy_` on a side stream. `dense-sync`, `dense-side`: everything in every iteration by `copy_`, waited for at once or on
 a side stream. A sparse variant may have switches, such as `sparse:digests=host`, `sparse:digests=device:blocks=32`,
 `sparse:chunks=2x4` (MiB, in flight), `sparse:copies=off:digests=off` or `sparse:pauses` (scripts/bench/switches.py).
+`transcript`: what crosses stage boundaries is logged as under the agent, without slots; `sparse-transcript`: both.
+They need several stages (`--model 8-experts-pp4-gloo`: four ranks on one GPU; `16-experts-pp2`: a rank a GPU over
+NCCL). If an iteration is missing in the transcript the exit status is 1: to write less would look cheap.
 `dcp`: torch.distributed.checkpoint.async_save of everything in every iteration; `nvrx`: the local checkpoint of
 nvidia-resiliency-ext; both run after the others, because a save takes many iterations. All blocks train on the same
 batches, at a small learning rate, so that routers send the same tokens to the same experts. The first iteration of a
-block isn't counted, because the block before it is still being digested. Besides the time of iterations it shows how
+block isn't counted, because the block before it is still being digested.
+
+On a GPU iterations vary by several percent over seconds. Each block of a variant therefore has a block of `off` beside
+it, and what counts is the ratio of their medians: the median over all pairs, and its 95% interval (bootstrap; none for
+fewer than six pairs). Many short blocks (`--block 3 --blocks 20`) resolve small overheads, few long ones don't.
+
+Besides the time of iterations it shows how
 long processors were busy in them, all threads of all ranks together. Writes `<output>.json` and `<output>.png`.
 """
 
@@ -30,9 +39,15 @@ import sys
 import tempfile
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from scripts.bench.overhead_report import LABELS, left_out, plot, print_table
+
 WORKER = Path(__file__).resolve().parent / "overhead_worker.py"
 
 COMMON = "--bf16 --moe-router-topk 2 --moe-token-dispatcher-type alltoall --moe-aux-loss-coeff 0.01 --clip-grad 1.0 "
@@ -60,19 +75,21 @@ MODELS = {
         LARGE.replace("--micro-batch-size 32", "--micro-batch-size 8") + "--num-experts 16 --moe-ffn-hidden-size 4096 "
         "--pipeline-model-parallel-size 2 --untie-embeddings-and-output-weights --distributed-backend nccl",
     ),
+    # Four ranks share one GPU, eight micro-batches: boundary tensors of 4 MiB.
+    "8-experts-pp4-gloo": (
+        4,
+        "--num-layers 4 --hidden-size 1024 --num-attention-heads 16 --seq-length 1024 --num-experts 8 "
+        "--disable-bias-linear --hidden-dropout 0 --attention-dropout 0 --micro-batch-size 2 --global-batch-size 16 "
+        "--pipeline-model-parallel-size 4 --untie-embeddings-and-output-weights --distributed-backend gloo",
+    ),
     "64-experts": (1, LARGE + "--num-experts 64 --moe-ffn-hidden-size 768"),
 }
-
-LABELS = {
-    "off": "no snapshots",
-    "sparse": "sparse, every iteration",
-    "sparse-undigested": "sparse without digests",
-    "sparse-copy": "sparse, torch copy_",
-    "dense-sync": "dense, torch copy_",
-    "dense-side": "dense, side stream",
-    "dcp": "dense, torch DCP async",
-    "nvrx": "dense, NVRx local",
-}
+# Variants that write a transcript, and those whose name may be followed by switches.
+TRANSCRIBED = ("transcript", "sparse-transcript")
+SWITCHED = ("sparse", "sparse-transcript")
+# With fewer pairs even their whole range holds the median with less than 95%.
+FEWEST_PAIRS = 6
+RESAMPLINGS, SEED = 10_000, 1
 
 
 def main() -> int:
@@ -94,7 +111,25 @@ def main() -> int:
     output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     plot(result, output.with_suffix(".png"))
     print_table(result)
-    return status
+    problem = transcript_problem(result)
+    if problem:
+        print(f"its figures say nothing of the transcript: {problem}", file=sys.stderr)
+    return status or (1 if problem else 0)
+
+
+def transcript_problem(result: dict[str, Any]) -> str:
+    """Why a variant says nothing about the transcript; empty if every one of its iterations was written."""
+    for name, one in result["variants"].items():
+        if is_transcribed(name) and ("transcript" not in one or not one["transcript"]["iterations"]):
+            return f"{name}: nothing was written to the transcript"
+        if "transcript" in one and any(one["transcript"]["left_out_by_rank"]):
+            return f"{name}: {left_out(one['transcript'])}"
+    return ""
+
+
+def is_transcribed(name: str) -> bool:
+    """Whether a variant writes a transcript."""
+    return name.partition(":")[0] in TRANSCRIBED
 
 
 def run_job(command: list[str], limit_seconds: float | None) -> int:
@@ -128,14 +163,36 @@ def parse() -> argparse.Namespace:
         help="end the job then; results are of what it measured before",
     )
     options = parser.parse_args()
+
+    def refuse(text: str) -> NoReturn:
+        parser.exit(2, f"overhead.py: {text}\n")
+
     counted = options.blocks * (options.block - 1) if min(options.blocks, options.block) > 0 else 0
     # Quartiles need two.
     if min(counted, options.slow_iterations) < 2:
-        parser.error("--blocks, --block and --slow-iterations: at least two iterations of each variant must count")
-    unknown = {name for name in options.variants.split(",") if name.partition(":")[0] not in LABELS}
-    if unknown or "off" not in options.variants.split(","):
-        parser.error(f"--variants {options.variants}: 'off' and any of {', '.join(LABELS)}")
+        refuse("--blocks, --block and --slow-iterations: at least two iterations of each variant must count")
+    names = options.variants.split(",")
+    unknown = {name for name in names if name.partition(":")[0] not in LABELS}
+    if unknown or "off" not in names:
+        refuse(f"--variants {options.variants}: 'off' and any of {', '.join(LABELS)}")
+    for name in names:
+        if ":" in name and name.partition(":")[0] not in SWITCHED:
+            refuse(f"--variants {name}: only {' and '.join(SWITCHED)} have switches")
+        if is_transcribed(name) and stages(options.model) == 1:
+            several = ", ".join(model for model in sorted(MODELS) if stages(model) > 1)
+            refuse(
+                f"--variants {name}: nothing crosses a stage boundary in --model {options.model}; take one of {several}"
+            )
+    if "transcript" in names and options.window == "auto" and not any(name.startswith("sparse") for name in names):
+        refuse("--window auto: the transcript alone has no slots to plan a window for; give W or add sparse")
     return options
+
+
+def stages(model: str) -> int:
+    """Pipeline stages of a model."""
+    words = MODELS[model][1].split()
+    flag = "--pipeline-model-parallel-size"
+    return int(words[words.index(flag) + 1]) if flag in words else 1
 
 
 def job_command(options: argparse.Namespace, corpus: Path, raw: Path) -> list[str]:
@@ -179,12 +236,19 @@ def summarize(options: argparse.Namespace, raw: dict[str, Any]) -> dict[str, Any
         one["overhead"] = one["median"] / off["median"] - 1
         one["processor_overhead"] = one["processor_median"] / off["processor_median"] - 1
         one["interval_at_3_percent"] = max(1, math.ceil((one["median"] - off["median"]) / (0.03 * off["median"])))
-        if len(blocks) == len(raw["blocks"]["off"]):
-            pairs = zip(raw["blocks"]["off"], blocks, strict=True)
-            one["overhead_of_block_pairs"] = sorted(statistics.median(s) / statistics.median(o) - 1 for o, s in pairs)
+        beside = raw["off_beside"].get(name)
+        if beside:
+            neighbours = [(raw["blocks"]["off"][place], block) for place, block in zip(beside, blocks, strict=True)]
+            pairs = sorted(statistics.median(block) / statistics.median(plain) - 1 for plain, block in neighbours)
+            one["overhead_of_block_pairs"] = pairs
+            one["overhead_median_of_pairs"] = statistics.median(pairs)
+            one["overhead_interval_95"] = interval_of_median(pairs)
     slots = raw["slots"]
     for name, values in slots.pop("by_variant", {}).items():
         variants[name]["slot"] = {kind: statistics.median(seconds) for kind, seconds in values.items()}
+    transcript = raw["transcript"]
+    for name, written in transcript.pop("by_variant", {}).items():
+        variants[name]["transcript"] = written
     if slots:
         slots["begin_seconds"] = statistics.median(slots["begin_seconds"])
     return {
@@ -203,8 +267,18 @@ def summarize(options: argparse.Namespace, raw: dict[str, Any]) -> dict[str, Any
         "mode": options.mode,
         "digest": options.digest,
         "slots": slots,
+        "transcript": transcript,
         "variants": variants,
     }
+
+
+def interval_of_median(values: list[float]) -> list[float] | None:
+    """Bootstrap: between which numbers the median of what `values` were drawn from lies with 95%."""
+    if len(values) < FEWEST_PAIRS:
+        return None
+    drawn = np.random.default_rng(SEED).choice(values, (RESAMPLINGS, len(values)))
+    low, high = np.percentile(np.median(drawn, axis=1), (2.5, 97.5))
+    return [float(low), float(high)]
 
 
 def command(options: argparse.Namespace) -> str:
@@ -217,79 +291,6 @@ def processor() -> str:
     """The processor's name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def print_table(result: dict[str, Any]) -> None:
-    """The result for people."""
-    machine, size = result["machine"], result["parameters"] / 1e6
-    print(f"\n{result['model']}: {size:.1f} M parameters a rank, {result['processes']} ranks, {result['mode']} windows")
-    print(f"{machine['device']}, {machine['cores']} cores ({machine['processor']}), torch {machine['torch']}")
-    for name, one in result["variants"].items():
-        low, high = one["quartiles"]
-        print(
-            f"  {name:26s} median {one['median']:8.4f} s, quartiles {low:.4f} to {high:.4f}, n={one['iterations']:2d}, "
-            f"{100 * one['overhead']:+8.2f}%{pair_range(one)}; busy {one['processor_median']:.3f} s; "
-            f"peak {one['peak_device_mib']:.0f} MiB; costs 3% every {one['interval_at_3_percent']} iterations"
-        )
-    slots = result["slots"]
-    if slots:
-        print(
-            f"  W={slots['window']}, slot of rank 0 {slots['slot_bytes'] / (1 << 20):.2f} MiB, failed slots "
-            f"{slots['failed_slots']}; begin {1000 * slots['begin_seconds']:.2f} ms on the training thread; "
-            f"planned with {slots['planned_with']}; {slots['calibration']}"
-        )
-        mib = {kind: slots[f"{kind}_bytes_taken"] / 2**20 for kind in ("shared", "host", "device")}
-        print(
-            f"  memory: {slots['memory_bytes'] / 2**20:.1f} MiB planned; taken {mib['shared']:.1f} shared and "
-            f"{mib['host']:.1f} of its own, {mib['device']:.1f} on the device"
-        )
-    for name, one in result["variants"].items():
-        if "slot" in one:
-            figures = ", ".join(f"{kind.removesuffix('_seconds')} {1000 * s:.2f} ms" for kind, s in one["slot"].items())
-            print(f"  {name}: {figures}")
-
-
-def pair_range(one: dict[str, Any]) -> str:
-    """Of the overhead between neighbouring blocks: smallest, median, largest."""
-    pairs = [100 * pair for pair in one.get("overhead_of_block_pairs", [])]
-    return (
-        f" (block pairs {pairs[0]:+.2f} to {pairs[-1]:+.2f}, median {statistics.median(pairs):+.2f})" if pairs else ""
-    )
-
-
-def label(name: str) -> str:
-    """What a variant is called in the plot."""
-    kind, _, switches = name.partition(":")
-    return LABELS[kind] + (f"\n{switches}" if switches else "")
-
-
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Every counted iteration of all variants, with medians and quartiles."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    variants = result["variants"]
-    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 1.1 * len(variants)), layout="constrained")
-    for row, one in enumerate(variants.values()):
-        milliseconds = [1000 * s for s in one["seconds"]]
-        axes.barh(row, 1000 * (one["quartiles"][1] - one["quartiles"][0]), 0.6, 1000 * one["quartiles"][0], color="0.9")
-        axes.scatter(milliseconds, [row + 0.04 * (i % 7 - 3) for i in range(len(milliseconds))], s=14, alpha=0.6)
-        axes.plot([1000 * one["median"]] * 2, [row - 0.3, row + 0.3], color="black", linewidth=1.5)
-    axes.set_yticks(range(len(variants)), [label(name) for name in variants])
-    axes.set_ylim(-0.6, len(variants) - 0.4)
-    axes.set_xlabel("milliseconds an iteration (line: median, grey: middle half)")
-    if max(one["median"] for one in variants.values()) > 5 * variants["off"]["median"]:
-        axes.set_xscale("log")
-    title = f"{result['model']} on {result['machine']['device']}"
-    if "sparse" in variants:
-        sparse = variants["sparse"]
-        title += f": W={result['slots']['window']} {result['mode']}, overhead {100 * sparse['overhead']:+.2f}%"
-    axes.set_title(title, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=140)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import itertools
 import json
-import shutil
 import statistics
 import sys
 import time
@@ -19,12 +18,9 @@ from megatron.moevement import arguments
 from megatron.moevement.config import SparseCheckpointConfig, add_sparse_checkpoint_flags, config_from_namespace
 from megatron.moevement.errors import MoevementError
 from megatron.moevement.training_config import TrainingConfig
-from moevement_ext import HostRegion
-from scripts.bench.slots import Snapshots
+from scripts.bench.variants import SLOW, Block, blocks_of, make_hooks, slow_hook, warm_slots, warm_transcripts
 
 WARM_UP_ITERATIONS = 5
-# Variants that take many times an iteration: few iterations of them, in one block after the others.
-SLOW = ("dcp", "nvrx")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -84,23 +80,26 @@ def measure(config: TrainingConfig, sparse: SparseCheckpointConfig, options: arg
     run(train_loop.NoHooks(), WARM_UP_ITERATIONS)
     say("warmed up")
     with contextlib.ExitStack() as stack:
-        slots = _warm_slots(training, sparse, names, functools.partial(run, iterations=1), say, stack)
-        hooks = _hooks(training, sparse, names, slots, on_gpu, stack)
-        for name, hook in hooks.items():
-            run(hook, 1)
+        iterate = functools.partial(run, iterations=1)
+        slots = warm_slots(training, sparse, names, iterate, say, stack)
+        transcripts = warm_transcripts(training, sparse, names, slots, iterate, stack)
+        hooks = make_hooks(training, sparse, names, slots, on_gpu, stack)
+        blocks = blocks_of(hooks, slots, transcripts, run_block)
+        for name, block in blocks.items():
+            block(1)
             say(f"{name}: first iteration")
         for number in range(options.blocks):
-            for name in list(hooks) if number % 2 == 0 else list(hooks)[::-1]:
-                record.block(name, functools.partial(run_block, hooks[name]), options.block)
+            record.round(number, blocks, options.block)
             say(f"block {number + 1} of {options.blocks}: {record.medians()}")
             raw["slots"] = slots.figures() if slots is not None else {}
+            raw["transcript"] = transcripts.figures() if transcripts is not None else {}
             _write(options.raw, raw, record, clock)
     for name in (name for name in names if name in SLOW):
         if slots is not None:
             slots.manager.finish(durable=True)
             slots = None
         with contextlib.ExitStack() as stack:
-            hook = _slow_hook(training, name, options.scratch, on_gpu, stack)
+            hook = slow_hook(training, name, options.scratch, on_gpu, stack)
             record.block(name, functools.partial(run_block, hook), 1 + options.slow_iterations)
             say(f"{name}: {record.medians()}")
             _write(options.raw, raw, record, clock)
@@ -115,7 +114,8 @@ def _write(path: Path, raw: Mapping[str, Any], record: Record, clock: Clock) -> 
 
     busy = clock.over_all_ranks(record.processor_seconds())
     if dist.get_rank() == 0:
-        whole = {**raw, "blocks": record.blocks, "processor_seconds": busy, "peak_device_mib": record.peak}
+        whole = {**raw, "blocks": record.blocks, "off_beside": record.off_beside}
+        whole |= {"processor_seconds": busy, "peak_device_mib": record.peak}
         new = path.with_suffix(".new")
         new.write_text(json.dumps(whole))
         new.replace(path)
@@ -127,10 +127,12 @@ class Record:
     def __init__(self, on_gpu: bool) -> None:
         self._on_gpu = on_gpu
         self.blocks: dict[str, list[list[float]]] = {}
+        # By variant and block: which block of `off` is its neighbour.
+        self.off_beside: dict[str, list[int]] = {}
         self._busy: dict[str, list[float]] = {}
         self.peak: dict[str, float] = {}
 
-    def block(self, name: str, run: Callable[[int], list[tuple[float, float]]], iterations: int) -> None:
+    def block(self, name: str, run: Block, iterations: int) -> None:
         """Runs a block of `iterations`."""
         import torch
 
@@ -142,6 +144,16 @@ class Record:
         self._busy.setdefault(name, []).extend(busy for _, busy in seconds)
         self.peak[name] = max(self.peak.get(name, 0.0), peak)
 
+    def round(self, number: int, variants: Mapping[str, Block], iterations: int) -> None:
+        """Runs a block of every variant, each beside one of `off`, which comes first and second in turn."""
+        others = [name for name in variants if name != "off"]
+        for name in others if number % 2 == 0 else others[::-1]:
+            for one in ("off", name) if (number + others.index(name)) % 2 == 0 else (name, "off"):
+                self.block(one, variants[one], iterations)
+            self.off_beside.setdefault(name, []).append(len(self.blocks["off"]) - 1)
+        if not others:
+            self.block("off", variants["off"], iterations)
+
     def medians(self) -> str:
         """For people, so far."""
         counted = {name: [s for block in blocks for s in block] for name, blocks in self.blocks.items()}
@@ -150,99 +162,6 @@ class Record:
     def processor_seconds(self) -> dict[str, list[float]]:
         """Of this process, by variant and counted iteration."""
         return self._busy
-
-
-def _warm_slots(
-    training: Any,
-    sparse: SparseCheckpointConfig,
-    names: list[str],
-    iterate: Callable[[Any], object],
-    say: Say,
-    stack: contextlib.ExitStack,
-) -> Snapshots | None:
-    """The manager of all variants that take slots or copy what a slot holds, warmed up; None if there are none."""
-    from scripts.bench.switches import Pauses
-
-    if not any(name.startswith("sparse") for name in names):
-        return None
-    if any(":pauses" in name for name in names):
-        stack.enter_context(Pauses.installed(training.chunks))
-    slots = Snapshots(training, sparse)
-    slots.warm_up(functools.partial(iterate, slots.hooks))
-    assert slots.manager.plan is not None
-    memory = slots.manager.plan.memory
-    say(f"{memory.slots} slots of {memory.slot_bytes / 2**20:.1f} MiB, each written once")
-    return slots
-
-
-def _hooks(
-    training: Any,
-    sparse: SparseCheckpointConfig,
-    names: list[str],
-    slots: Snapshots | None,
-    on_gpu: bool,
-    stack: contextlib.ExitStack,
-) -> dict[str, Any]:
-    """The hooks of every variant that isn't slow."""
-    import torch
-
-    from megatron.moevement.integration import attach, train_loop
-    from scripts.bench import baselines
-
-    copied: dict[str, Any] = {}
-    dense_too = bool({"dense-sync", "dense-side"} & set(names))
-    if slots is not None and {"sparse-copy", "dense-sync", "dense-side"} & set(names):
-        # Other variants copy into the slots' memory, which nobody recovers from.
-        assert slots.manager.plan is not None
-        schedule = slots.manager.plan.schedule
-        region = stack.enter_context(HostRegion.open(str(slots.slots_path), writable=True))
-        view = stack.enter_context(memoryview(region))
-        if on_gpu:
-            engine = attach.copy_engine(training.topology.device, sparse)
-            stack.callback(engine.close)
-            # No more than is needed: the manager has pinned the same memory, and pinned twice it counts twice.
-            most = sum(operator.full_bytes for operator in slots.state.table) if dense_too else slots.most_bytes
-            engine.register_host(region.address, min(region.nbytes, most))
-        host = torch.frombuffer(view, dtype=torch.uint8)
-        slot = functools.partial(_slot, slots.state, schedule, on_gpu)
-        copied["sparse-copy"] = functools.partial(baselines.TorchCopies, slot, schedule.window, host, True)
-        if dense_too:
-            dense = list(baselines.dense_tensors(slots.state, on_gpu).values())
-            copied["dense-sync"] = functools.partial(baselines.TorchCopies, lambda _: dense, 1, host, False)
-            copied["dense-side"] = functools.partial(baselines.TorchCopies, lambda _: dense, 1, host, True)
-    hooks: dict[str, Any] = {}
-    for name in (name for name in names if name not in SLOW):
-        if name == "off":
-            hooks[name] = train_loop.NoHooks()
-        elif name in copied:
-            hooks[name] = copied[name]()
-        elif slots is not None:
-            hooks[name] = slots.switched(name)
-    return hooks
-
-
-def _slot(state: Any, schedule: Any, on_gpu: bool, index: int) -> Any:
-    from scripts.bench import baselines
-
-    return baselines.slot_tensors(state, schedule.spec(index), on_gpu)
-
-
-def _slow_hook(training: Any, name: str, scratch: Path, on_gpu: bool, stack: contextlib.ExitStack) -> Any:
-    """The hook of a slow variant; what it wrote goes when the stack is left."""
-    from megatron.moevement.integration import attach
-    from megatron.moevement.integration.operator_state import OperatorState
-    from scripts.bench import baselines
-
-    engine = attach.copy_engine(training.topology.device, SparseCheckpointConfig(enabled=True))
-    stack.callback(engine.close)
-    tensors = baselines.dense_tensors(OperatorState(training, engine), on_gpu)
-    directory = scratch / name
-    directory.mkdir(parents=True, exist_ok=True)
-    stack.callback(shutil.rmtree, directory, ignore_errors=True)
-    kind = baselines.DistributedCheckpoint if name == "dcp" else baselines.LocalCheckpoint
-    hook = kind(tensors, directory)
-    stack.callback(hook.close)
-    return hook
 
 
 class Clock:

@@ -58,7 +58,7 @@ class Snapshots:
             mock.patch.object(manager, "DigestPool", SwitchedPool),
         ):
             self.manager, self.state = attach.build_manager(training, config, events)
-        self._engine = SwitchedEngine.made[-1]
+        self.engine = SwitchedEngine.made[-1]
         self._on_gpu = training.topology.device.type == "cuda"
         self.slots_path = store_path(config.job_directory, training.topology.rank)
         self.manager.start(None)
@@ -69,7 +69,7 @@ class Snapshots:
         from scripts.bench.switches import Switched
 
         text = "digests=off" if name == "sparse-undigested" else name.partition(":")[2]
-        return Measured(Switched(self.hooks, self._engine, text), self._measured, name)
+        return Measured(Switched(self.hooks, self.engine, text), self._measured, name)
 
     def warm_up(self, iterate: Callable[[], object]) -> None:
         """Goes on until the window is chosen and every slot of the ring has been written once."""
@@ -82,6 +82,12 @@ class Snapshots:
             now - before for now, before in zip(memory_in_use(self._on_gpu), self._memory_before, strict=True)
         ]
         self.hooks.begin_seconds.clear()
+
+    @property
+    def told_behind(self) -> int:
+        """How many iterations lie between the present one and the newest slot that all ranks know they can load."""
+        assert self.manager.retention is not None
+        return self.hooks.count - self.manager.retention.loadable_everywhere
 
     @property
     def most_bytes(self) -> int:
@@ -154,20 +160,21 @@ class Consecutive:
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
-        self._count = -1
+        # Of the iteration that began last.
+        self.count = -1
         self.begin_seconds: list[float] = []
 
     def before_forward(self, _iteration: int) -> None:
         """Begins the next slot."""
-        self._count += 1
+        self.count += 1
         started = time.perf_counter()
-        self._inner.before_forward(self._count)
+        self._inner.before_forward(self.count)
         self.begin_seconds.append(time.perf_counter() - started)
 
     def before_optimizer_step(self, _iteration: int) -> None:
         """The fence."""
-        self._inner.before_optimizer_step(self._count)
+        self._inner.before_optimizer_step(self.count)
 
     def after_optimizer_step(self, _iteration: int, outcome: Any) -> None:
         """Hands over the record."""
-        self._inner.after_optimizer_step(self._count, dataclasses.replace(outcome, iteration=self._count))
+        self._inner.after_optimizer_step(self.count, dataclasses.replace(outcome, iteration=self.count))

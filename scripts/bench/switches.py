@@ -16,6 +16,8 @@ from megatron.moevement.config import MIB
 from moevement_ext import CopyEngine, DeviceDigests, DigestPool
 
 MOST_RANGES = 100_000
+# Among the arguments of `CopyEngine.submit`.
+_PRIORITY_PLACE = 5
 # What DeviceDigests has by default.
 DEVICE_BLOCKS = 64
 
@@ -101,7 +103,7 @@ class SwitchedEngine(CopyEngine):
 
     def __init__(self, *arguments: Any, **limits: Any) -> None:
         super().__init__(*arguments, **limits)
-        self.own_chunks: tuple[int, int] | None = None
+        self.own_chunks: tuple[int, int] = (limits["chunk_bytes"], limits["chunks_in_flight"])
         SwitchedEngine.made.append(self)
 
     def set_chunks(self, chunk_bytes: int, chunks_in_flight: int) -> None:
@@ -114,7 +116,9 @@ class SwitchedEngine(CopyEngine):
         super().set_chunks(chunk_bytes, chunks_in_flight)
 
     def submit(self, *arguments: Any, **options: Any) -> int:
-        """Queues a batch."""
+        """Queues a batch; the transcript's, of higher priority than the slots', is not switched."""
+        if len(arguments) > _PRIORITY_PLACE and arguments[_PRIORITY_PLACE]:
+            return super().submit(*arguments, **options)
         if not self.copies:
             arguments, options = tuple(array[:1] for array in arguments), {**options, "groups": [("nothing", 1)]}
         return super().submit(*arguments, **{"spread_seconds": self.spread_seconds, **options})
@@ -156,9 +160,7 @@ class Switched:
         """Sets the switches, and begins the slot."""
         SwitchedPool.threads_wanted = self._threads
         SwitchedDigests.wanted, SwitchedDigests.blocks_wanted = self._on_device, self._blocks
-        chunks = self._chunks or self._engine.own_chunks
-        if chunks:
-            self._engine.set_switched(*chunks)
+        self._engine.set_switched(*(self._chunks or self._engine.own_chunks))
         self._engine.spread_seconds = self._spread * statistics.median(self._seconds or [0.0])
         self._engine.copies = self._copies
         if self._pauses:
@@ -170,6 +172,8 @@ class Switched:
         """The fence."""
         self._seconds.append(time.perf_counter() - self._started)
         self._inner.before_optimizer_step(iteration)
+        # A transcript without slots uses the same engine.
+        self._engine.set_switched(*self._engine.own_chunks)
         # The pool is switched by whoever comes next: this slot's digests begin now.
         self._engine.spread_seconds, Pauses.engine = 0.0, None
 

@@ -1,4 +1,4 @@
-"""One rank of a pipeline that logs an iteration, replays a stage of it alone, and times iterations both ways.
+"""One rank of a pipeline that logs an iteration and replays a stage of it alone.
 
 torchrun --nproc-per-node N tests/gpu/boundary_rank.py FOLDER FLAGS...
 
@@ -11,9 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,6 @@ from megatron.moevement.events import EventLog
 from megatron.moevement.integration import distributed
 from megatron.moevement.integration.attach import copy_engine
 from megatron.moevement.integration.boundary import (
-    BoundaryRecorder,
     boundary_of,
     boundary_recorder,
     log_boundary,
@@ -43,13 +40,13 @@ from megatron.moevement.integration.boundary import (
 )
 from megatron.moevement.integration.bundle_exchange import BundleExchange
 from megatron.moevement.integration.forward import run_forward_backward
-from megatron.moevement.integration.job import TrainingJob, build_communicator, build_job
+from megatron.moevement.integration.job import TrainingJob, build_job
 from megatron.moevement.integration.log_copy import log_copier
 from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.transcript_memory import TranscriptMemory
 from moevement_ext import DigestPool
 
-SCOPE, ROUNDS, TIMED = frozenset({1}), 4, 6
+SCOPE = frozenset({1})
 
 
 def passes(job: TrainingJob) -> list[torch.Tensor]:
@@ -57,33 +54,6 @@ def passes(job: TrainingJob) -> list[torch.Tensor]:
     job.reset_temporary_state()
     run_forward_backward(job, 0)
     return [p.main_grad.cpu().clone() for chunk in job.chunks for p in chunk.parameters()]
-
-
-def timed(job: TrainingJob) -> list[float]:
-    """Seconds of some iterations; the first isn't counted."""
-    seconds = []
-    for _ in range(TIMED):
-        dist.barrier()
-        started = time.perf_counter()
-        job.reset_temporary_state()
-        run_forward_backward(job, 0)
-        if job.topology.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return seconds[1:]
-
-
-def compared(job: TrainingJob, recorder: BoundaryRecorder) -> dict[str, list[float]]:
-    """Quartiles of an iteration's seconds, with and without the transcript; the two take turns."""
-    found: dict[str, list[float]] = {"without": [], "with": []}
-    for number in range(ROUNDS):
-        for kind in list(found) if number % 2 == 0 else list(found)[::-1]:
-            if kind == "with":
-                log_boundary(job, recorder)
-            else:
-                job.communicator = build_communicator(job.config, job.topology, job.model_config)
-            found[kind] += timed(job)
-    return {kind: statistics.quantiles(seconds, n=4) for kind, seconds in found.items()}
 
 
 def study(job: TrainingJob, folder: Path) -> dict[str, Any]:
@@ -101,7 +71,6 @@ def study(job: TrainingJob, folder: Path) -> dict[str, Any]:
     plain = passes(job)
     log_boundary(job, recorder)
     logged = passes(job)
-    seconds = compared(job, recorder)
     recorder.settle()
     members = dist.get_process_group_ranks(job.topology.groups.pp)
     bundles = BundleExchange(boundary.pipeline, members, control, digests).deliver(log, 0, SCOPE)
@@ -117,9 +86,7 @@ def study(job: TrainingJob, folder: Path) -> dict[str, Any]:
         "replay_is_exact": all(torch.equal(a, b) for a, b in zip(logged, replayed, strict=True)),
         "gradients": sum(int(gradient.count_nonzero()) > 0 for gradient in replayed),
         "bundles": len(bundles),
-        "tensor_bytes": boundary.tensor_bytes,
         "troubles": [event for event in told if event["kind"] != "transcript"],
-        "seconds": seconds,
     }
     dist.barrier()
     memory.give_back(log, keep=False)

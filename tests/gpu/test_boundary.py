@@ -82,7 +82,4 @@ def test_a_stage_replays_alone_on_the_gpu(tmp_path: Path, flags: str) -> None:
     found = [json.loads((tmp_path / f"found.rank{rank}.json").read_text()) for rank in range(4)]
     for rank in found:
         assert rank["log_is_invisible"] and rank["replay_is_exact"] and not rank["troubles"] and rank["gradients"] > 5
-        quartiles = rank["seconds"]
-        share = quartiles["with"][1] / quartiles["without"][1] - 1
-        print(f"\n{rank['tensor_bytes']} bytes, {quartiles}: the transcript costs {100 * share:+.2f}%")
     assert [rank["bundles"] for rank in found] == [0, 2, 0, 0]

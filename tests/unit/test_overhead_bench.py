@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from scripts.bench import overhead
-from scripts.bench.overhead_worker import Clock
+from scripts.bench.overhead_worker import Clock, Record
 
 
 def parsed(monkeypatch: pytest.MonkeyPatch, *flags: str) -> Any:
@@ -28,6 +28,11 @@ def parsed(monkeypatch: pytest.MonkeyPatch, *flags: str) -> Any:
         ("--slow-iterations", "1"),
         ("--variants", "sparse"),
         ("--variants", "off,sparsely"),
+        ("--variants", "off,sparse-copy:digests=off"),
+        # One stage.
+        ("--variants", "off,transcript", "--model", "16-experts"),
+        ("--variants", "off,sparse-transcript:copies=off", "--model", "64-experts"),
+        ("--window", "auto", "--variants", "off,transcript"),
     ],
 )
 def test_bad_flags_are_refused(
@@ -38,20 +43,91 @@ def test_bad_flags_are_refused(
     assert refusal.value.code == 2 and flags[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [("--blocks", "1", "--block", "3"), ("--blocks", "2", "--block", "2")])
-def test_two_iterations_are_enough(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    options = parsed(monkeypatch, *flags, "--slow-iterations", "2")
-    raw = {
-        "blocks": {"off": [[1.0, 1.0]], "sparse": [[1.0, 1.5]]},
-        "processor_seconds": {"off": [1.0, 1.0], "sparse": [1.0, 2.0]},
-        "peak_device_mib": {"off": 0.0, "sparse": 0.0},
-        "slots": {"by_variant": {"sparse": {"copy_seconds": [0.1]}}, "begin_seconds": [0.01]},
+def test_a_transcript_is_measured_where_there_are_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    for model in ("demo", "8-experts-pp4-gloo", "16-experts-pp2"):
+        parsed(monkeypatch, "--variants", "off,transcript,sparse-transcript:digests=host", "--model", model)
+    parsed(monkeypatch, "--variants", "off,transcript,sparse", "--window", "auto")
+
+
+def raw_of(blocks: dict[str, list[list[float]]], off_beside: dict[str, list[int]], **more: Any) -> dict[str, Any]:
+    """What the ranks write."""
+    return {
+        "blocks": blocks,
+        "off_beside": off_beside,
+        "processor_seconds": {name: [s for block in of for s in block] for name, of in blocks.items()},
+        "peak_device_mib": dict.fromkeys(blocks, 0.0),
+        "slots": {},
+        "transcript": {},
         "parameters": 1,
         "device": "CPU",
         "torch": "2",
+        **more,
     }
+
+
+@pytest.mark.parametrize("flags", [("--blocks", "1", "--block", "3"), ("--blocks", "2", "--block", "2")])
+def test_two_iterations_are_enough(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    options = parsed(monkeypatch, *flags, "--slow-iterations", "2")
+    slots = {"by_variant": {"sparse": {"copy_seconds": [0.1]}}, "begin_seconds": [0.01]}
+    raw = raw_of({"off": [[1.0, 1.0]], "sparse": [[1.0, 1.5]]}, {"sparse": [0]}, slots=slots)
     found = overhead.summarize(options, raw)["variants"]
     assert found["sparse"]["overhead"] == 0.25 and found["sparse"]["slot"] == {"copy_seconds": 0.1}
+    assert found["sparse"]["overhead_of_block_pairs"] == [0.25]
+    assert found["sparse"]["overhead_interval_95"] is None, "one pair says nothing about others"
+
+
+def test_every_block_has_one_without_beside_it() -> None:
+    record, order, seconds = Record(on_gpu=False), list[str](), iter(range(1, 1000))
+
+    def block(name: str) -> Any:
+        def run(iterations: int) -> list[tuple[float, float]]:
+            order.append(name)
+            return [(float(next(seconds)), 0.0) for _ in range(iterations)]
+
+        return run
+
+    for number in range(4):
+        record.round(number, {name: block(name) for name in ("off", "a", "b")}, 2)
+    assert len(order) == 16 and order[:8] == ["off", "a", "b", "off", "off", "b", "a", "off"]
+    for name in ("a", "b"):
+        pairs = zip(record.off_beside[name], record.blocks[name], strict=True)
+        assert all(abs(record.blocks["off"][place][0] - block[0]) == 2 for place, block in pairs)
+        places = [i for i, one in enumerate(order) if one == name]
+        assert {(place % 2) for place in places} == {0, 1}, "off is first and second"
+
+
+def test_overhead_is_that_of_pairs_and_its_interval_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = parsed(monkeypatch)
+    # The machine gets slower all the time; the variant costs 2%, more or less.
+    plain = [[1.0 + 0.1 * i] * 2 for i in range(20)]
+    beside = [[block[0] * (1.02 + 0.001 * (i % 5 - 2))] * 2 for i, block in enumerate(plain)]
+    found = overhead.summarize(options, raw_of({"off": plain, "sparse": beside}, {"sparse": list(range(20))}))
+    one = found["variants"]["sparse"]
+    low, high = one["overhead_interval_95"]
+    assert low <= one["overhead_median_of_pairs"] <= high
+    assert low >= one["overhead_of_block_pairs"][0] and high <= one["overhead_of_block_pairs"][-1]
+    assert one["overhead_interval_95"] == overhead.interval_of_median(one["overhead_of_block_pairs"]), "a fixed seed"
+    wide = overhead.interval_of_median(one["overhead_of_block_pairs"][::3])
+    assert wide is not None and high - low < wide[1] - wide[0]
+    assert overhead.interval_of_median([0.0] * 5) is None
+    # Pairs that are no neighbours would show the machine's drift.
+    far = overhead.summarize(options, raw_of({"off": plain, "sparse": beside}, {"sparse": list(range(19, -1, -1))}))
+    wrong = far["variants"]["sparse"]["overhead_of_block_pairs"]
+    assert wrong[-1] - wrong[0] > 1
+
+
+def test_a_transcript_that_was_not_written_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = parsed(monkeypatch, "--variants", "off,transcript")
+
+    def problem(by_variant: dict[str, Any]) -> str:
+        blocks = {"off": [[1.0, 1.0]], "transcript": [[1.0, 1.0]]}
+        raw = raw_of(blocks, {"transcript": [0]}, transcript={"memory_bytes": 1, "by_variant": by_variant})
+        return overhead.transcript_problem(overhead.summarize(options, raw))
+
+    assert not problem({"transcript": {"iterations": 3, "left_out_by_rank": [0, 0], "reasons": []}})
+    assert "2 of 3" in problem({"transcript": {"iterations": 3, "left_out_by_rank": [0, 2], "reasons": ["full"]}})
+    assert "nothing" in problem({"transcript": {"iterations": 0, "left_out_by_rank": [0, 0], "reasons": []}})
+    assert "nothing" in problem({})
 
 
 def test_a_job_that_takes_too_long_is_ended() -> None:

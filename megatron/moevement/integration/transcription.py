@@ -64,6 +64,10 @@ class Transcription:
         self._run_id = run_id
         self._use(self._memory.create(boundary, longest_run, run_id, agreement, self._ranks_on_node))
 
+    def wait_until_pinned(self) -> None:
+        """Returns when the memory is pinned, which goes on beside training; copies to it are slower before."""
+        self._memory.wait_until_pinned()
+
     def reopen(self, run_id: str) -> None:
         """Finds what an earlier worker of this rank left of the run, if this process has nothing yet."""
         if self._run_id != run_id:

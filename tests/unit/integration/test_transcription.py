@@ -53,6 +53,7 @@ def test_a_run_has_one_transcript_which_outlives_its_writer(lab: Lab) -> None:
     first = lab.transcription()
     assert not first.complete and not first.retain("run", 0, 3), "of no run yet"
     first.create("run", 3, lab.agreement)
+    first.wait_until_pinned()
     assert first.complete and first.retain("run", -1, 3)
     write(lab, range(3))
     assert first.offer() == {0, 1, 2}
