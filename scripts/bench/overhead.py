@@ -155,6 +155,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=8, help="blocks of each variant")
     parser.add_argument("--block", type=int, default=6, help="iterations of a block, the first of which isn't counted")
     parser.add_argument("--slow-iterations", type=int, default=3, help="counted iterations of dcp and nvrx")
+    parser.add_argument(
+        "--profile", type=int, default=0, help="iterations of each variant under torch's profiler, on a GPU"
+    )
     parser.add_argument("--scratch", default="", help="directory for what dcp and nvrx write; default: a temporary one")
     parser.add_argument("--output", default="runs/overhead", help="path of the results without ending")
     parser.add_argument(
@@ -205,6 +208,7 @@ def job_command(options: argparse.Namespace, corpus: Path, raw: Path) -> list[st
     words = [*model.split(), *COMMON.split(), "--data-path", str(corpus), *sparse]
     measured = ["--raw", str(raw), "--blocks", str(options.blocks), "--block", str(options.block)]
     measured += ["--variants", options.variants, "--slow-iterations", str(options.slow_iterations)]
+    measured += ["--profile", str(options.profile)]
     measured += ["--scratch", options.scratch or str(raw.parent)]
     return [*launcher, str(WORKER), *words, *measured]
 
@@ -247,6 +251,8 @@ def summarize(options: argparse.Namespace, raw: dict[str, Any]) -> dict[str, Any
     for name, values in slots.pop("by_variant", {}).items():
         variants[name]["slot"] = {kind: statistics.median(seconds) for kind, seconds in values.items()}
     transcript = raw["transcript"]
+    for name, found in raw["profile"].items():
+        variants[name]["on_device"] = found
     for name, written in transcript.pop("by_variant", {}).items():
         variants[name]["transcript"] = written
     if slots:

@@ -51,6 +51,9 @@ def print_table(result: dict[str, Any]) -> None:
     for name, one in result["variants"].items():
         if "transcript" in one:
             print(f"  {name}: {left_out(one['transcript'])}")
+        if one.get("on_device"):
+            busy, idle = (1000 * one["on_device"][kind] for kind in ("busy_seconds", "idle_seconds"))
+            print(f"  {name}: {one['on_device']['kernels']:.0f} kernels, busy {busy:.1f} ms, idle {idle:.1f} ms")
         if "slot" in one:
             figures = ", ".join(f"{kind.removesuffix('_seconds')} {1000 * s:.2f} ms" for kind, s in one["slot"].items())
             print(f"  {name}: {figures}")
@@ -102,6 +105,12 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.plot([1000 * one["median"]] * 2, [row - 0.3, row + 0.3], color="black", linewidth=1.5)
     axes.set_yticks(range(len(variants)), [label(name, one) for name, one in variants.items()])
     axes.set_ylim(-0.6, len(variants) - 0.4)
+    # One iteration that was held up would press all others together.
+    most = 1000 * max(one["quartiles"][1] for one in variants.values())
+    beyond = sum(1000 * s > 1.25 * most for one in variants.values() for s in one["seconds"])
+    if beyond:
+        axes.set_xlim(right=1.25 * most)
+        axes.text(1, 0, f"{beyond} beyond", transform=axes.transAxes, ha="right", va="bottom", color="0.4")
     axes.set_xlabel("milliseconds an iteration (line: median, grey: middle half; %: beside blocks without it)")
     if max(one["median"] for one in variants.values()) > 5 * variants["off"]["median"]:
         axes.set_xscale("log")

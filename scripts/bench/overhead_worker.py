@@ -18,6 +18,7 @@ from megatron.moevement import arguments
 from megatron.moevement.config import SparseCheckpointConfig, add_sparse_checkpoint_flags, config_from_namespace
 from megatron.moevement.errors import MoevementError
 from megatron.moevement.training_config import TrainingConfig
+from scripts.bench.device_time import profiled
 from scripts.bench.variants import SLOW, Block, blocks_of, make_hooks, slow_hook, warm_slots, warm_transcripts
 
 WARM_UP_ITERATIONS = 5
@@ -32,6 +33,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--blocks", type=int, required=True)
     parser.add_argument("--block", type=int, required=True)
     parser.add_argument("--slow-iterations", type=int, required=True)
+    parser.add_argument("--profile", type=int, required=True)
 
 
 class Say:
@@ -76,6 +78,7 @@ def measure(config: TrainingConfig, sparse: SparseCheckpointConfig, options: arg
         "device": torch.cuda.get_device_name() if on_gpu else "CPU",
         "torch": torch.__version__,
         "slots": {},
+        "profile": {},
     }
     run(train_loop.NoHooks(), WARM_UP_ITERATIONS)
     say("warmed up")
@@ -93,6 +96,11 @@ def measure(config: TrainingConfig, sparse: SparseCheckpointConfig, options: arg
             say(f"block {number + 1} of {options.blocks}: {record.medians()}")
             raw["slots"] = slots.figures() if slots is not None else {}
             raw["transcript"] = transcripts.figures() if transcripts is not None else {}
+            _write(options.raw, raw, record, clock)
+        if options.profile and on_gpu:
+            for name, block in blocks.items():
+                raw["profile"][name] = profiled(functools.partial(block, options.profile), options.profile)
+            say("profiled")
             _write(options.raw, raw, record, clock)
     for name in (name for name in names if name in SLOW):
         if slots is not None:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from scripts.bench import overhead
+from scripts.bench.device_time import covered
 from scripts.bench.overhead_worker import Clock, Record
 
 
@@ -58,6 +59,7 @@ def raw_of(blocks: dict[str, list[list[float]]], off_beside: dict[str, list[int]
         "peak_device_mib": dict.fromkeys(blocks, 0.0),
         "slots": {},
         "transcript": {},
+        "profile": {"off": {"kernels": 3.0, "busy_seconds": 0.2, "idle_seconds": 0.1}},
         "parameters": 1,
         "device": "CPU",
         "torch": "2",
@@ -73,6 +75,7 @@ def test_two_iterations_are_enough(flags: tuple[str, ...], monkeypatch: pytest.M
     found = overhead.summarize(options, raw)["variants"]
     assert found["sparse"]["overhead"] == 0.25 and found["sparse"]["slot"] == {"copy_seconds": 0.1}
     assert found["sparse"]["overhead_of_block_pairs"] == [0.25]
+    assert found["off"]["on_device"]["idle_seconds"] == 0.1
     assert found["sparse"]["overhead_interval_95"] is None, "one pair says nothing about others"
 
 
@@ -164,3 +167,8 @@ def test_on_the_cpu_iterations_begin_and_end_together(monkeypatch: pytest.Monkey
     seconds = Clock(on_gpu=False).block(lambda: log.append("iteration"), 2)
     assert [wall for wall, _ in seconds] == [1.0, 2.0]
     assert log == ["barrier", "iteration", "barrier", "iteration", "barrier", "barrier"]
+
+
+def test_time_that_spans_share_counts_once() -> None:
+    assert covered([(0.0, 2.0), (1.0, 3.0), (5.0, 6.0), (5.2, 5.5)]) == 4.0
+    assert covered([]) == 0.0
