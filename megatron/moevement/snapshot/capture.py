@@ -13,7 +13,7 @@ from megatron.moevement.errors import MoevementError
 from megatron.moevement.operators.state import TrainingState
 from megatron.moevement.snapshot.layout import SlotLayout, digested_regions, slot_layout
 from megatron.moevement.store.committer import CopiedSlot
-from megatron.moevement.store.format import Manifest
+from megatron.moevement.store.format import DigestedRegion, Manifest
 from megatron.moevement.store.host_store import HostStore, SlotLease
 from megatron.moevement.types import IterationRecord, Presence, SlotSpec, StartState
 from moevement_ext import CopyEngine, DeviceDigests, EngineError
@@ -31,6 +31,7 @@ class _Batch:
     """
 
     layout: SlotLayout
+    digested: tuple[DigestedRegion, ...]
     sources: npt.NDArray[np.uint64]
     offsets: npt.NDArray[np.uint64]
     sizes: npt.NDArray[np.uint64]
@@ -41,7 +42,7 @@ class _Batch:
 class _UnderWay:
     spec: SlotSpec
     lease: SlotLease
-    layout: SlotLayout
+    batch: _Batch
     start: StartState
     record: IterationRecord | None
     ticket: int
@@ -117,7 +118,7 @@ class Capture:
         except (EngineError, ValueError) as error:
             self._give_up(lease, None, digest_ticket)
             raise MoevementError(f"copy engine: {error}") from error
-        self._under_way = _UnderWay(spec, lease, layout, start, record, ticket, digest_ticket, submitted)
+        self._under_way = _UnderWay(spec, lease, batch, start, record, ticket, digest_ticket, submitted)
         return layout.nbytes
 
     def fence(self) -> tuple[CopiedSlot | None, float]:
@@ -144,7 +145,7 @@ class Capture:
             self._give_up(under_way.lease, under_way.ticket, under_way.digest_ticket)
             what = "digests" if finished else "copy"
             raise MoevementError(f"the {what} took longer than {FENCE_TIMEOUT_SECONDS:g} s")
-        spec, layout = under_way.spec, under_way.layout
+        spec, batch = under_way.spec, under_way.batch
         manifest = Manifest(
             rank=self._rank,
             run_id=self._run_id,
@@ -159,8 +160,8 @@ class Capture:
         copied = CopiedSlot(
             under_way.lease,
             manifest,
-            digested_regions(layout),
-            layout.nbytes,
+            batch.digested,
+            batch.layout.nbytes,
             under_way.submitted_time + copy.queue_seconds,
             copy.copy_seconds,
             digests,
@@ -214,6 +215,7 @@ class Capture:
             raise MoevementError("the training state's pieces don't have the sizes of the operator table")
         return _Batch(
             layout,
+            digested_regions(layout),
             np.array([piece.address for piece in pieces], dtype=np.uint64),
             np.array([offset for region in layout for offset in region.offsets], dtype=np.uint64),
             np.array(sizes, dtype=np.uint64),

@@ -11,7 +11,8 @@ import base64
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from megatron.moevement.errors import SlotInvalid, StoreError
 from megatron.moevement.types import BufferInfo, IterationRecord, SlotSpec, StartState
 from moevement_ext import DigestPool, EngineError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 SUPERBLOCK_MAGIC = b"MOEVSTR" + bytes([FORMAT_VERSION])
 PAGE_BYTES = 4096
 _SUPERBLOCK = struct.Struct("<8sQ16s")
@@ -102,8 +103,8 @@ def region_digests(pool: DigestPool, base: int, regions: Sequence[DigestedRegion
         EngineError: the pool is closed, or took longer than DIGEST_TIMEOUT_SECONDS.
     """
     sizes = np.array([size for region in regions for size in region.sizes], dtype=np.uint64)
-    starts = [np.cumsum((region.offset, *region.sizes[:-1]), dtype=np.uint64) for region in regions if region.sizes]
-    addresses = np.concatenate([np.zeros(0, np.uint64), *starts]) + np.uint64(base)
+    starts = [accumulate((region.offset, *region.sizes[:-1])) for region in regions if region.sizes]
+    addresses = np.fromiter(chain.from_iterable(starts), np.uint64, len(sizes)) + np.uint64(base)
     ticket = pool.submit(addresses, sizes)
     found = pool.wait(ticket, DIGEST_TIMEOUT_SECONDS)
     if found is None:
@@ -166,17 +167,23 @@ def superblock_length(content: Mapping[str, Any]) -> int:
     return len(encode_superblock(content))
 
 
+def _fields(value: SlotSpec | StartState | IterationRecord | BufferInfo) -> dict[str, Any]:
+    # `asdict` would copy every name of every operator; nothing is changed here.
+    return {field.name: getattr(value, field.name) for field in fields(value)}
+
+
 def encode_manifest(manifest: Manifest) -> bytes:
     """JSON of a manifest; floats keep every bit (shortest round-trip text)."""
-    start = asdict(manifest.start)
-    start["blobs"] = {name: base64.b85encode(blob).decode() for name, blob in manifest.start.blobs.items()}
+    start = _fields(manifest.start)
+    start["blobs"] = {name: base64.b64encode(blob).decode() for name, blob in manifest.start.blobs.items()}
+    start["buffers"] = [_fields(buffer) for buffer in manifest.start.buffers]
     return json.dumps(
         {
             "rank": manifest.rank,
             "run_id": manifest.run_id,
-            "spec": asdict(manifest.spec),
+            "spec": _fields(manifest.spec),
             "start": start,
-            "record": asdict(manifest.record) if manifest.record else None,
+            "record": _fields(manifest.record) if manifest.record else None,
             "adam_steps": manifest.adam_steps,
             "digests": manifest.digests,
         },
@@ -188,7 +195,7 @@ def decode_manifest(body: bytes) -> Manifest:
     """The manifest that `encode_manifest` wrote."""
     content = json.loads(body)
     start, record = content["start"], content["record"]
-    start["blobs"] = {name: base64.b85decode(text) for name, text in start["blobs"].items()}
+    start["blobs"] = {name: base64.b64decode(text, validate=True) for name, text in start["blobs"].items()}
     start["scalers"] = tuple(start["scalers"])
     start["buffers"] = tuple(BufferInfo(**{**item, "shape": tuple(item["shape"])}) for item in start["buffers"])
     if record is not None:

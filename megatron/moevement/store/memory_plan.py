@@ -33,7 +33,7 @@ class MemoryPlan:
 
 
 def manifest_room(operators: int, slices: int, blob_bytes: int) -> int:
-    """Room for a slot's manifest, in bytes: names, digests, Adam steps, RNG states in base 85."""
+    """Room for a slot's manifest, in bytes: names, digests, Adam steps, RNG states in base 64."""
     return (
         MANIFEST_BASE_BYTES
         + operators * MANIFEST_BYTES_PER_OPERATOR
