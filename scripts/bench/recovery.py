@@ -6,7 +6,8 @@
     python scripts/bench/recovery.py --variants local,global --repeat 4 --modes rolling
 
 The same model is trained in every variant, and its workers are killed at the same points: one of the middle stage, one
-of the last stage, and so on, each before the middle micro-batch of its iteration.
+of the last stage, and so on, each before the middle micro-batch of its iteration. With the agent's warm processes a
+victim waits beforehand until one stands by, as one does some time after a job's start.
 
 `local`: under the agent, only the failed stage replays. `global`: under the agent without transcripts, all stages roll
 back to slots. `restart`: torchrun restarts all workers, which find their slots. `dense`: torchrun and dense
@@ -42,6 +43,8 @@ from scripts.bench import recovery_figures, recovery_report
 
 WORKER = Path(__file__).resolve().parent / "recovery_worker.py"
 MICRO_BATCHES = 6
+# What the job prints, the agent included, in the folder of its variant.
+OUTPUT = "output.log"
 COMMON = (
     "--bf16 --moe-router-topk 2 --moe-token-dispatcher-type alltoall --moe-aux-loss-coeff 0.01 --clip-grad 1.0 "
     "--lr 1e-4 --lr-decay-style constant --split 100,0,0 --tokenizer-type ByteLevelTokenizer --micro-batch-size 1 "
@@ -68,6 +71,8 @@ MODELS = {
 VARIANTS = ("local", "global", "restart", "dense")
 # Those that run under the agent; torchrun starts the others.
 AGENT = ("local", "global")
+# Until a process stands by: it imports everything, maybe beside other work.
+STAND_BY_SECONDS = 120.0
 EXIT_FAILED = 1
 
 
@@ -98,6 +103,14 @@ def main() -> int:
             recovery_figures.compare(result)
             output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
             print(recovery_report.line(label, result["variants"][label]), file=sys.stderr, flush=True)
+            unready = [one["iteration"] for one in found["recoveries"] if one["stood_by"] is False]
+            if unready:
+                print(
+                    f"{label}: no process stood by within {STAND_BY_SECONDS:.0f} s before the kills in iterations "
+                    f"{', '.join(map(str, unready))}: what follows them includes imports",
+                    file=sys.stderr,
+                    flush=True,
+                )
     if result["variants"]:
         recovery_report.plot(result, output.with_suffix(".png"))
         recovery_report.print_table(result)
@@ -192,6 +205,10 @@ def job_command(
     plan = kills(options)
     agent = ["-m", "megatron.moevement.agent", "--nproc-per-node", str(ranks(options))]
     agent += ["--replacement", options.replacement]
+    waits = name in AGENT and options.replacement == "warm"
+    if waits:
+        # A victim that waits must not be taken for one that hangs.
+        agent += ["--hang-timeout-seconds", str(STAND_BY_SECONDS + 60)]
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks(options)), "--rdzv-backend", "c10d"]
     torchrun += ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", "--rdzv-id", uuid.uuid4().hex]
     torchrun += ["--monitor-interval", "0.1", "--max-restarts", "1000"]
@@ -201,6 +218,10 @@ def job_command(
     words += ["--global-batch-size", str(MICRO_BATCHES * ranks_of_a_stage(options))]
     words += ["--train-iters", str(plan[-1][0] + 3), "--marks", str(folder)]
     words += ["--kills", ",".join(f"{iteration}:{victim}" for iteration, victim in plan), "--cores", cores(options)]
+    if waits:
+        # Further back than a recovery goes, and after the recovery before.
+        words += ["--agent-output", str(folder / OUTPUT), "--stand-by-iterations", str(2 * options.window + 2)]
+        words += ["--stand-by-seconds", str(STAND_BY_SECONDS)]
     if name == "dense":
         checkpoints = str(folder / "checkpoints")
         words += ["--save", checkpoints, "--load", checkpoints, "--save-interval", str(options.dense_interval)]
@@ -223,7 +244,7 @@ def measure(
     folder.mkdir()
     (folder / "checkpoints").mkdir()
     slots = Path("/dev/shm/moevement") / f"recovery-{uuid.uuid4().hex[:12]}"
-    log = folder / "output.log"
+    log = folder / OUTPUT
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     # Restarted workers must not look for the store of the launcher's first rendezvous.

@@ -73,12 +73,15 @@ def recovery(marks: Sequence[Mark], kill: Mark, ranks_of_a_stage: int, under_age
     agreed = {mark["rank"]: mark for mark in within if mark["kind"] in ("decision", "start", "built")}
     busy = {rank: again[rank]["busy"] - agreed[rank]["busy"] for rank in ranks if rank in agreed}
     replays = [mark for mark in within if mark["kind"] == "replay" and mark["rank"] in failed]
+    # The wait for a stand-by process before this kill; those before earlier kills come first.
+    waits = [mark["ready"] for mark in marks if mark["kind"] == "stand_by" and mark["time"] < kill["time"]]
     decisions = [mark["source"] for mark in within if mark["kind"] == "decision"]
     return {
         "iteration": target,
         "rank": kill["rank"],
         "stage": stage,
         "source": decisions[-1] if decisions else None,
+        "stood_by": waits[-1] if waits else None,
         "phases": phases,
         "seconds": end - kill["time"],
         "replay_seconds": phases["loaded"] + phases["replayed"] + phases["met"],
@@ -132,10 +135,15 @@ def training(marks: Sequence[Mark], ranks_of_a_stage: int, micro_batches: int) -
     """Iterations without failures; and how long one takes where every rank has a core to itself, from processor
     seconds of the main threads: fill and drain of the pipeline, then the slowest stage's micro-batches."""
     first_kill = min(mark["time"] for mark in marks if mark["kind"] == "kill")
+    # In these one rank has waited for a stand-by process, and the others for it.
+    disturbed = {mark["iteration"] for mark in marks if mark["kind"] == "stand_by"}
     calm = [
         mark
         for mark in marks
-        if mark["kind"] == "iteration" and mark["time"] < first_kill and mark["iteration"] >= WARM_UP_ITERATIONS
+        if mark["kind"] == "iteration"
+        and mark["time"] < first_kill
+        and mark["iteration"] >= WARM_UP_ITERATIONS
+        and mark["iteration"] not in disturbed
     ]
     passes: dict[int, list[float]] = {}
     rest: dict[int, list[float]] = {}

@@ -46,6 +46,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_sparse_checkpoint_flags(parser)
     parser.add_argument("--marks", type=Path, required=True)
     parser.add_argument("--kills", required=True, help="ITERATION:RANK by commas")
+    parser.add_argument("--agent-output", type=Path, help="where the agent says whether a process stands by")
+    parser.add_argument("--stand-by-iterations", type=int, default=0, help="between the wait for that and the kill")
+    parser.add_argument("--stand-by-seconds", type=float, default=0.0, help="how long is waited for it at most")
     parser.add_argument("--cores", default="", help="cores of rank 0, of rank 1 and so on: 0,1;2,3")
 
 
@@ -55,13 +58,40 @@ def created() -> float:
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
 
 
+class StandBy:
+    """Has a victim wait until a process stands by, as one does some time after a job's start or its last failure.
+
+    The wait is iterations before the kill, so that the slots that the recovery loads are those of an undisturbed run;
+    the others wait for the victim in that iteration, which counts for nothing.
+    """
+
+    def __init__(self, options: argparse.Namespace, marks: Marks) -> None:
+        self._output, self._seconds, self._marks = options.agent_output, options.stand_by_seconds, marks
+        self.iterations = options.stand_by_iterations if self._output is not None else None
+
+    def wait(self, iteration: int) -> None:
+        """Returns when the agent's last word is that a process stands by, or when that takes too long."""
+        started = time.monotonic()
+        ready = stands_by(self._output.read_text(errors="replace"))
+        while not ready and time.monotonic() - started < self._seconds:
+            time.sleep(0.1)
+            ready = stands_by(self._output.read_text(errors="replace"))
+        self._marks("stand_by", iteration=iteration, seconds=time.monotonic() - started, ready=ready)
+
+
+def stands_by(output: str) -> bool:
+    """Whether the agent, by what it has said, has an idle process that has imported everything."""
+    return output.rfind("a warm process stands by") > output.rfind("process replaces it")
+
+
 class Killer:
     """SIGKILL to this process before it computes the middle micro-batch of an iteration; each kill happens once."""
 
-    def __init__(self, plan: str, rank: int, marks: Marks) -> None:
+    def __init__(self, plan: str, rank: int, marks: Marks, stand_by: StandBy) -> None:
         kills = [tuple(map(int, part.split(":"))) for part in plan.split(",")]
         self._mine = {iteration: number for number, (iteration, victim) in enumerate(kills) if victim == rank}
         self._marks, self._iteration, self._calls, self._victim_call = marks, -1, 0, 0
+        self._stand_by = stand_by
 
     def arm(self, job: Any) -> None:
         """Counts the forward passes of the job's first chunk."""
@@ -71,6 +101,15 @@ class Killer:
     def begin(self, iteration: int) -> None:
         """An iteration of training begins, no replay."""
         self._iteration, self._calls = iteration, 0
+        if self._stand_by.iterations is not None:
+            number = self._mine.get(iteration + self._stand_by.iterations)
+            # An iteration that runs again after its kill has waited before.
+            if number is not None and not self._file(number).exists():
+                self._stand_by.wait(iteration)
+
+    def _file(self, number: int) -> Path:
+        """Is there once the kill has happened."""
+        return self._marks.directory / f"kill{number}"
 
     def end(self) -> None:
         """The iteration is over."""
@@ -82,7 +121,7 @@ class Killer:
         if number is None or calls != self._victim_call:
             return
         try:
-            os.close(os.open(self._marks.directory / f"kill{number}", os.O_CREAT | os.O_EXCL))
+            os.close(os.open(self._file(number), os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return
         self._marks("kill", iteration=self._iteration, number=number)
@@ -226,7 +265,8 @@ def main() -> int:
     if namespace.cores:
         os.sched_setaffinity(0, {int(core) for core in namespace.cores.split(";")[rank].split(",")})
     importlib.import_module("megatron.moevement.integration.preload")
-    install(marks, Killer(namespace.kills, rank, marks), on_gpu=not config.use_cpu)
+    killer = Killer(namespace.kills, rank, marks, StandBy(namespace, marks))
+    install(marks, killer, on_gpu=not config.use_cpu)
     marks("imported")
     from megatron.moevement.integration import program
 

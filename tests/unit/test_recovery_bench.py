@@ -1,5 +1,6 @@
 """The recovery benchmark's figures, from notes whose figures are known; and its refusals."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from scripts.bench import recovery_figures as figures
+from scripts.bench import recovery_worker as worker
 
 ROOT = Path(__file__).resolve().parents[2]
 Mark = dict[str, Any]
@@ -64,6 +66,51 @@ def test_critical_path_is_fill_and_drain_and_the_slowest_stage() -> None:
     found = figures.training(local_recovery(), 1, 6)
     assert found["critical_path_seconds"] == pytest.approx(0.1 + 0.15 + 0.1 + 5 * 0.15 + 0.1)
     assert found["seconds"] == 2.0
+
+
+def test_an_iteration_with_a_wait_for_a_stand_by_process_counts_for_nothing() -> None:
+    spent = {"seconds": 30.0, "thread_seconds": 0.7, "passes_thread_seconds": 0.6}
+    slow = [mark(9.5, rank, "iteration", iteration=9, **spent) for rank in range(3)]
+    wait = mark(9.2, 1, "stand_by", iteration=9, seconds=29.0, ready=True)
+    rest = [
+        one for one in local_recovery() if not (one["kind"] == "iteration" and one.get("iteration") in range(6, 10))
+    ]
+    without = figures.figures(sorted([*rest, *slow], key=lambda m: m["time"]), 1, True, 6)
+    found = figures.figures(sorted([*rest, *slow, wait], key=lambda m: m["time"]), 1, True, 6)
+    assert without["training"]["seconds"] > found["training"]["seconds"] == 2.0
+    assert (without["recoveries"][0]["stood_by"], found["recoveries"][0]["stood_by"]) == (None, True)
+    gave_up = figures.figures(sorted([*rest, {**wait, "ready": False}], key=lambda m: m["time"]), 1, True, 6)
+    assert gave_up["recoveries"][0]["stood_by"] is False
+    assert gave_up["recoveries"][0]["phases"] == found["recoveries"][0]["phases"], "it is before the kill"
+
+
+def said(*lines: str) -> str:
+    return "".join(f"agent: {line}\n" for line in lines)
+
+
+def test_a_process_stands_by_until_it_has_replaced_a_rank() -> None:
+    ready, taken = "a warm process stands by", "rank 1: a warm process replaces it"
+    assert not worker.stands_by(said("generation 0 opens"))
+    assert worker.stands_by(said("generation 0 opens", ready))
+    assert not worker.stands_by(said(ready, "rank 1: SIGKILL", taken))
+    assert not worker.stands_by(said(ready, "rank 1: SIGKILL", taken, "rank 2: a half-warm process replaces it"))
+    assert worker.stands_by(said(ready, taken, ready, "generation 1 opens"))
+
+
+def test_a_victim_waits_for_a_stand_by_process_once_and_not_for_ever(tmp_path: Path) -> None:
+    output = tmp_path / "output.log"
+    output.write_text("")
+    marks = worker.Marks(tmp_path, 1)
+    options = argparse.Namespace(agent_output=output, stand_by_iterations=3, stand_by_seconds=0.0)
+    killer = worker.Killer("10:1,20:1,30:2", 1, marks, worker.StandBy(options, marks))
+    killer.begin(7)
+    output.write_text(said("a warm process stands by"))
+    for iteration in (16, 17, 20, 27):
+        killer.begin(iteration)
+    (tmp_path / "kill1").touch()
+    killer.begin(17)
+    found = [(note["iteration"], note["ready"]) for note in figures.read(tmp_path)]
+    assert found == [(7, False), (17, True)]
 
 
 def test_a_rank_that_never_came_back_is_an_error() -> None:

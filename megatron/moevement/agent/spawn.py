@@ -30,7 +30,7 @@ class Process:
         pidfd: readable when the process has ended.
         popen: what started it, if it is no fork.
         status: once it is reaped.
-        kind: what it was when it was taken, for people; a half-warm one had not imported everything yet.
+        kind: for people; a half-warm one had not imported everything yet when it was taken.
     """
 
     channel: Channel
@@ -43,6 +43,11 @@ class Process:
     def started(self, pid: int) -> None:
         """Its pid is known."""
         self.pid, self.pidfd = pid, os.pidfd_open(pid)
+
+    @property
+    def prepared(self) -> bool:
+        """Whether it has said that it has imported everything, and lives."""
+        return self.channel.pending and self.popen is not None and self.popen.poll() is None
 
     def signal(self, number: int) -> None:
         """Sends a signal to it and to whatever it has started, unless it has ended."""
@@ -104,9 +109,15 @@ class Starter:
         return self.take() if self._kind == "fork" else self._execute("once", ())
 
     def prepare(self, count: int) -> None:
-        """Has so many idle processes wait for a `take`, where that uses them."""
-        while self._kind == "warm" and len(self._idle) < count:
+        """Has so many idle processes wait for a `take`, where that uses them; says when one is prepared."""
+        if self._kind != "warm":
+            return
+        while len(self._idle) < count:
             self._idle.append(self._execute("once", self._preload))
+        for idle in self._idle:
+            if idle.kind != "warm" and idle.prepared:
+                idle.kind = "warm"
+                self.say("a warm process stands by")
 
     def take(self) -> Process:
         """A process for a replacement, as quickly as this kind can."""
@@ -121,7 +132,7 @@ class Starter:
         if self._kind == "warm":
             process = self._idle.pop(0)
             # One that is half-way is still the quickest.
-            process.kind = "warm" if process.channel.pending else "half-warm"
+            process.kind = "warm" if process.prepared else "half-warm"
             return process
         channel, other = Channel.pair()
         with other:

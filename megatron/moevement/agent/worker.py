@@ -19,6 +19,13 @@ from megatron.moevement.agent.channel import CHANNEL_VARIABLE, Channel
 
 _PR_SET_PDEATHSIG = 1
 _PARENT_SECONDS = 10.0
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# The most that glibc takes. It comes to that by itself, after it has given larger and larger blocks back to the kernel.
+_MMAP_THRESHOLD_BYTES = 32 << 20
+# The first replay of a small model on the CPU touches 40,000 pages for the first time, which takes as long as two
+# micro-batches while all other ranks wait. More would be memory that every node keeps idle.
+_HEAP_BYTES = 256 << 20
+_BLOCK_BYTES = 1 << 20
 
 
 def main(argv: list[str]) -> None:
@@ -36,12 +43,15 @@ def main(argv: list[str]) -> None:
     sys.path[0] = os.path.dirname(os.path.abspath(script))
     for name in preload:
         importlib.import_module(name)
-    if preload and mode == "once":
-        channel.send({"is": "prepared"})
-    if mode == "fork":
-        # Children neither look through what is imported when they collect garbage, nor copy its pages.
+    if preload:
+        # Neither this process nor its children look through what is imported when they collect garbage, while all
+        # others wait; and children don't copy its pages.
         gc.collect()
         gc.freeze()
+    if preload and mode == "once":
+        _fill_heap()
+        channel.send({"is": "prepared"})
+    if mode == "fork":
         own = serve(channel, agent)
         if own is None:
             return
@@ -52,6 +62,24 @@ def main(argv: list[str]) -> None:
     # The link takes the channel over by its number.
     os.environ.update({**message["environment"], CHANNEL_VARIABLE: str(channel.release())})
     runpy.run_path(script, run_name="__main__")
+
+
+def _fill_heap() -> None:
+    """Has the kernel give this process the pages of its heap now, and keeps freed ones.
+
+    It isn't for a process that forks: every child would copy what it writes to.
+    """
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
+    # As many again are kept beside those: a heap that is given back is taken page by page again.
+    libc.mallopt(_M_TRIM_THRESHOLD, 2 * _HEAP_BYTES)
+    blocks = [libc.malloc(_BLOCK_BYTES) for _ in range(_HEAP_BYTES // _BLOCK_BYTES)]
+    for block in filter(None, blocks):
+        ctypes.memset(block, 0, _BLOCK_BYTES)
+    for block in blocks:
+        libc.free(block)
 
 
 def serve(requests: Channel, agent: int) -> Channel | None:

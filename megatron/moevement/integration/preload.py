@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from typing import Any
 
 from megatron.moevement.integration import cpu_backend, quiet
 
@@ -11,5 +12,9 @@ if "--use-cpu" in sys.argv:
     cpu_backend.hide_cuda()
     cpu_backend.install()
 importlib.import_module("megatron.moevement.integration.program")
-# What the first call of a compiled function makes, while all others would wait for the replacement.
-importlib.import_module("torch._dynamo.trace_rules").get_torch_obj_rule_map()
+# The table that the first call of a compiled function makes, while all others would wait for the replacement. torch
+# drops it whenever groups are made, in case it is older than torch.distributed; this one isn't, so it stays.
+_rules: Any = importlib.import_module("torch._dynamo.trace_rules")
+_rules.clear_lru_cache()
+_rules.get_torch_obj_rule_map()
+_rules.clear_lru_cache = lambda: None

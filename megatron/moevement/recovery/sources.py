@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from megatron.moevement.errors import SlotInvalid
 from megatron.moevement.operators.state import MemoryRange, RecordedOperator
 from megatron.moevement.operators.table import OperatorTable
-from megatron.moevement.snapshot.layout import BUFFERS_REGION, SlotLayout, digested_regions, slot_layout
+from megatron.moevement.snapshot.layout import BUFFERS_REGION, Region, SlotLayout, digested_regions, slot_layout
 from megatron.moevement.store.format import Manifest, region_digests
 from megatron.moevement.store.host_store import HostStore
 from megatron.moevement.types import Presence, SlotInfo
@@ -28,22 +28,29 @@ class SlotReader:
         self._rank = rank
         self._run_id = store.content["run_id"]
         self._digests = digests
+        # A conversion asks for those of a slot ten times; decoding takes milliseconds, while all other ranks wait.
+        self._manifests: dict[int, Manifest] = {}
+        self._regions: dict[int, dict[str, Region]] = {}
 
     # For people; slots of other places have readers of their own.
     source = "own host memory"
 
     def manifest(self, step: int) -> Manifest:
-        """The verified manifest of the slot of `step`.
+        """The manifest of the slot of `step`, verified when it is first asked for.
 
         Raises:
             SlotInvalid: damaged, of another rank or run, or with operators that the model doesn't have.
         """
+        known = self._manifests.get(step)
+        if known is not None:
+            return known
         manifest = self._store.manifest(step)
         if manifest.rank != self._rank or manifest.run_id != self._run_id:
             raise SlotInvalid(f"slot of rank {manifest.rank} in run {manifest.run_id}, wanted rank {self._rank}")
         unknown = {*manifest.spec.full, *manifest.spec.weights_only} - self._table.names
         if unknown:
             raise SlotInvalid(f"operator {min(unknown)} is not in the model")
+        self._manifests[step] = manifest
         return manifest
 
     def layout(self, manifest: Manifest) -> SlotLayout:
@@ -102,10 +109,10 @@ class SlotReader:
 
     def _ranges(self, step: int, names: set[str]) -> dict[str, list[MemoryRange]]:
         _, address = self._store.data(step)
+        if step not in self._regions:
+            self._regions[step] = {region.name: region for region in self.layout(self.manifest(step))}
+        regions = self._regions[step]
         return {
-            region.name: [
-                MemoryRange(address + offset, size) for offset, size in zip(region.offsets, region.sizes, strict=True)
-            ]
-            for region in self.layout(self.manifest(step))
-            if region.name in names
+            name: [MemoryRange(address + offset, size) for offset, size in zip(one.offsets, one.sizes, strict=True)]
+            for name, one in ((name, regions[name]) for name in names if name in regions)
         }

@@ -8,7 +8,7 @@ import pytest
 from megatron.moevement.errors import SlotInvalid
 from megatron.moevement.operators.table import OperatorTable
 from megatron.moevement.recovery.sources import SlotReader
-from megatron.moevement.store.format import HEADER_BYTES
+from megatron.moevement.store.format import HEADER_BYTES, Manifest
 from megatron.moevement.store.host_store import HostStore
 from megatron.moevement.types import Presence
 from moevement_ext import DigestPool
@@ -44,6 +44,23 @@ def test_pieces_hold_what_was_written(tmp_path: Path) -> None:
         full = operator.presence is Presence.FULL
         assert full == (operator.name in spec.full) and bool(operator.adam_steps) == full
     assert [piece.nbytes for piece in reader.buffers(4)] == [BUFFER.nbytes]
+
+
+def test_a_manifest_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = stored(tmp_path / "s", 0, 1)
+    reader, original, read = SlotReader(store, TABLE, 0, digests=DigestPool()), store.manifest, list[int]()
+
+    def manifest(step: int) -> Manifest:
+        read.append(step)
+        return original(step)
+
+    monkeypatch.setattr(store, "manifest", manifest)
+    for _ in range(2):
+        for step in (0, 1):
+            assert reader.operators(step, TABLE.names)
+            assert reader.buffers(step)
+            assert reader.manifest(step) == original(step)
+    assert read == [0, 1]
 
 
 def test_only_the_named_operators_are_read(tmp_path: Path) -> None:
