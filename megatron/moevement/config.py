@@ -71,7 +71,8 @@ class SparseCheckpointConfig:
     measure_iterations: int = _knob(
         4,
         "--sparse-ckpt-measure-iters",
-        "Iterations that `auto` times before it chooses W, the first not counted; no slots are taken in them.",
+        "Iterations that `auto` times before it chooses W, the first not counted. Two more follow in which it measures "
+        "the link; no slots are taken in any of them.",
         unit="iterations",
     )
     reorder: bool = _knob(

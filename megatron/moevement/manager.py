@@ -37,8 +37,6 @@ from moevement_ext import CopyEngine, DeviceDigests, DigestPool
 
 # What a rank says it can load while its slots' memory isn't pinned yet; slots are captured once all ranks' memory is.
 NOT_PINNED = -2
-
-
 # Iterations whose record is kept although no window can need it: what is copied, digested, and not heard of yet.
 RECORDS_BEYOND_RUN = 4
 
@@ -78,10 +76,9 @@ class SparseCheckpointManager:
         self._cycle: SlotCycle | None = None
         self._record: IterationRecord | None = None
         self._records: dict[int, IterationRecord] = {}
-        self._found, self._unusable, self._alone = Found(None, "no slots"), frozenset[int](), False
+        self._found, self._unusable = Found(None, "no slots"), frozenset[int]()
         self._loadable_everywhere = self._told = -1
-        self._verified = False
-        self._started = False
+        self._alone = self._verified = self._started = False
         self._iteration_starts: list[float] = []
         self._first_step, self._seconds = 0, 0.0
         self.plan: SparsePlan | None = None
@@ -175,7 +172,9 @@ class SparseCheckpointManager:
         return conversion
 
     def _set_down(self) -> None:
-        """Lets go of slots and schedule; the slots stay where they are."""
+        """Lets go of slots, schedule and measurements; the slots stay where they are."""
+        self._calibration.reset()
+        self._iteration_starts.clear()
         if self._cycle is not None:
             self._cycle.close()
         if self._store is not None:
@@ -267,7 +266,7 @@ class SparseCheckpointManager:
         if self._store is None:
             self._measure(step)
         elif not self._calibration.done and self._calibration.iterations >= self._config.measure_iterations:
-            self._calibration.run(self._events)
+            self._calibration.try_run(self._events)
         if self._store is None or not self._calibration.done:
             self._calibration.begin_iteration()
         elif self._cycle is None and self._loadable_everywhere > NOT_PINNED:
@@ -340,6 +339,7 @@ class SparseCheckpointManager:
             self._cycle.close()
         self._agreement.finish_minimum()
         self._agreement.barrier()
+        self._calibration.reset()
         kept = self._store is not None and (self._config.keep or not durable)
         self._memory.give_back(self._store, kept)
         for digests in (self._digests, self._tools.device_digests):
@@ -358,7 +358,7 @@ class SparseCheckpointManager:
             return
         if link.found is None:
             self._seconds = statistics.median(after - before for before, after in itertools.pairwise(times[1:]))
-            link.run(self._events, then_beside_training=True)
+            together(self._agreement, lambda: link.run(self._events, then_beside_training=True))
         assert link.found is not None
         bandwidth = link.bytes_per_second_beside_training
         if bandwidth is None:

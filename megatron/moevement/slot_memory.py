@@ -18,7 +18,7 @@ from megatron.moevement.store.memory_plan import check_room
 from moevement_ext import CopyEngine
 
 
-def together(agreement: Agreement, action: Callable[[], None]) -> None:
+def together(agreement: Agreement, action: Callable[[], object]) -> None:
     """Does `action` on this rank; a StoreError on any rank is raised on all of them, so that none waits. Collective."""
     problem = ""
     try:

@@ -175,6 +175,12 @@ def parse() -> argparse.Namespace:
     if min(counted, options.slow_iterations) < 2:
         refuse("--blocks, --block and --slow-iterations: at least two iterations of each variant must count")
     names = options.variants.split(",")
+    if options.window != "auto" and not (options.window.isdigit() and int(options.window) > 0):
+        refuse(f"--window {options.window}: give a number of slots or auto")
+    try:
+        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        refuse(f"--output {options.output}: {error.strerror}; choose another directory")
     unknown = {name for name in names if name.partition(":")[0] not in LABELS}
     if unknown or "off" not in names:
         refuse(f"--variants {options.variants}: 'off' and any of {', '.join(LABELS)}")

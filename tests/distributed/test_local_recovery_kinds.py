@@ -183,6 +183,19 @@ def test_a_worker_that_is_lost_before_training(lab: Lab, tmp_path: Path, shared_
     assert len(struck) == 2 and "Traceback" not in campaign.output, campaign.output[-4000:]
 
 
+def test_lost_while_the_window_is_still_measured(lab: Lab, tmp_path: Path, shared_memory: Path) -> None:
+    """All go on from a dense checkpoint, and must choose the window in the same iteration: that is collective."""
+    calm = Layout(3, False, "rolling").scenario(16)
+    save = ("--save", str(tmp_path / "dense"), "--save-interval", "3")
+    job = local_job(lab, calm, tmp_path, shared_memory, "rolling", *save, "--sparse-ckpt-window", "auto")
+    job.plan = "kill@rank=1,point=backward,iteration=5"
+    campaign = job.run()
+    assert_exact(lab, calm, campaign)
+    assert [recovery.decision["source"] for recovery in campaign.completed()] == ["dense"]
+    assert {event["rank"] for event in campaign.told("slot")} == {0, 1, 2}, "slots are taken afterwards"
+    assert not list(shared_memory.rglob(".bandwidth*"))
+
+
 def lossy(lab: Lab, tmp_path: Path, memory: Path, suffixes: list[str], *extra: str) -> Campaign:
     """Rank 1 is killed twice and loses files the first time."""
     job = local_job(lab, SIMPLE, tmp_path, memory, "rolling", *extra)

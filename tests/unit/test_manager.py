@@ -190,6 +190,29 @@ def test_auto_measures_and_then_takes_slots(tmp_path: Path) -> None:
     assert again.manager.plan.schedule.window == worker.manager.plan.schedule.window
 
 
+def test_whoever_begins_again_measures_again_like_a_new_process(tmp_path: Path) -> None:
+    worker = Worker(tmp_path, window=None, measure_iterations=3, max_window=3)
+    worker.manager.start(None)
+    worker.train(4)
+    assert worker.manager.plan is None
+    # A failure elsewhere: all ranks begin again from a dense checkpoint.
+    worker.manager.start(4)
+    worker.train(4 + 3 + PROBED_ITERATIONS)
+    assert worker.manager.plan is None, "a new process would not be ready either, and choosing is collective"
+    worker.train(4 + 3 + PROBED_ITERATIONS + 1)
+    assert worker.manager.plan is not None
+    worker.manager.finish(durable=True)
+
+
+def test_a_run_that_ends_while_it_measures_leaves_nothing(tmp_path: Path) -> None:
+    worker = Worker(tmp_path, window=None, measure_iterations=3)
+    worker.manager.start(None)
+    worker.train(4)
+    assert list(tmp_path.rglob(".bandwidth*"))
+    worker.manager.finish(durable=True)
+    assert not list(tmp_path.rglob(".bandwidth*"))
+
+
 def test_a_newer_dense_checkpoint_is_asked_for(tmp_path: Path) -> None:
     first = Worker(tmp_path)
     first.manager.start(None)

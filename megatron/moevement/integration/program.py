@@ -28,6 +28,7 @@ from megatron.moevement.planning import describe
 from megatron.moevement.recovery.start import restart_count
 from megatron.moevement.report.progress import ProgressDisplay, ProgressSettings
 from megatron.moevement.report.tensorboard import TensorBoardScalars
+from megatron.moevement.snapshot.calibration import PROBED_ITERATIONS
 from megatron.moevement.training_config import TrainingConfig
 from megatron.moevement.transcript.plan import describe_transcript
 
@@ -249,6 +250,13 @@ def _train_with_manager(
         localized.run(begin, train, newest_dense)
         durable = saver.save()
         transcription.close(keep=sparse.keep or not durable)
+    if manager.plan is None and job.topology.rank == 0:
+        print(
+            f"no slot was taken: the run ended before --sparse-ckpt-window auto had measured (it takes "
+            f"{sparse.measure_iterations + PROBED_ITERATIONS} iterations); force --sparse-ckpt-window for short runs",
+            file=sys.stderr,
+            flush=True,
+        )
     kept = manager.finish(durable)
     if kept and job.topology.rank == 0:
         print(f"slots kept in {sparse.job_directory} (remove them with the directory)", flush=True)

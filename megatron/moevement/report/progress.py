@@ -127,6 +127,8 @@ class ProgressDisplay:
             return [f"no boundary transcript, training goes on: {event['reason']}"]
         if kind == "transcript_failed":
             return [f"no boundary transcript of iteration {event['iteration']}: {event['reason']}"]
+        if kind == "calibration_failed":
+            return [f"chunks of copies are not calibrated: {event['reason']}"]
         if kind == "window_given_up":
             return [f"slot of step {event['step']} given up: {event['reason']}"]
         if kind == "dense_save":

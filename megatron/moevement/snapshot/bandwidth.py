@@ -3,6 +3,7 @@
 Small chunks let the small copies pass that the model itself waits for; large ones waste less of the link.
 """
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron.moevement.errors import StoreError
 from megatron.moevement.operators.state import MemoryRange, TrainingState, full_pieces
 from moevement_ext import CopyEngine, DeviceDigests, DigestPool, EngineError, HostRegion
 
@@ -36,6 +38,9 @@ class LinkProbe:
         directory: where the slots will lie; a scratch file is made in it, and removed by `close`.
         rank: keeps the scratch files of ranks apart.
         stream: the device stream that produces the sources.
+
+    Raises:
+        StoreError: there is no room in the directory.
     """
 
     def __init__(
@@ -57,10 +62,18 @@ class LinkProbe:
         self._region: HostRegion | None = None
         if not total:
             return
-        directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / f".bandwidth.rank{rank:05d}"
-        self._path.unlink(missing_ok=True)
-        self._region = region = HostRegion.create(str(self._path), total, prefault=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._path.unlink(missing_ok=True)
+            self._region = region = HostRegion.create(str(self._path), total, prefault=True)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+            raise StoreError(
+                f"--sparse-ckpt-dir {directory.parent}: no room for {total / (1 << 20):.1f} MiB to measure with: "
+                f"{error.strerror}; choose another directory, make room or force --sparse-ckpt-window"
+            ) from error
         try:
             self._registered = engine.register_host(region.address, region.nbytes)
         except BaseException:

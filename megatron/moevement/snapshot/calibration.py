@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.moevement.errors import StoreError
 from megatron.moevement.events import EventLog
 from megatron.moevement.operators.state import TrainingState, full_pieces
 from megatron.moevement.snapshot.bandwidth import Chunks, LinkProbe, choose_chunks, measure_bandwidth
@@ -106,6 +107,9 @@ class Calibration:
 
         At least two iterations are timed; the first isn't counted.
 
+        Raises:
+            StoreError: there is no room to measure with.
+
         Args:
             events: who is told.
             then_beside_training: whether the next iterations are probed.
@@ -130,6 +134,22 @@ class Calibration:
             self._forget_probe()
         events.emit("calibration", **self.found.fields())
         return self.found
+
+    def try_run(self, events: EventLog) -> None:
+        """Like `run`, where training can go on without: if there is no room to measure, chunks stay what they are."""
+        try:
+            self.run(events)
+        except StoreError as error:
+            self.done = True
+            events.emit("calibration_failed", reason=str(error))
+
+    def reset(self) -> None:
+        """Forgets what was timed and measured, and frees the scratch memory; the engine keeps its chunks.
+
+        After a failure all ranks begin again, those that kept their process with those that take over.
+        """
+        self._forget_probe()
+        self._time, self._beside, self.found = CopyTime(self._engine), [], None
 
     def _forget_probe(self) -> None:
         if self._probe is not None:

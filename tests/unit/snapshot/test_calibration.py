@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from megatron.moevement.errors import StoreError
 from megatron.moevement.events import EventLog
 from megatron.moevement.snapshot import calibration
 from megatron.moevement.snapshot.bandwidth import Chunks, LinkProbe
@@ -99,3 +100,29 @@ def test_without_a_probe_nothing_is_left(tmp_path: Path) -> None:
         calibrating = timed(engine, tmp_path, (SMALL, LARGE))
         calibrating.run(EventLog(None, 0))
         assert calibrating.bytes_per_second_beside_training is None and list(tmp_path.iterdir()) == []
+
+
+def test_after_a_failure_all_begin_again(tmp_path: Path) -> None:
+    with CopyEngine() as engine:
+        calibrating = timed(engine, tmp_path, (SMALL, LARGE))
+        calibrating.run(EventLog(None, 0), then_beside_training=True)
+        calibrating.begin_iteration()
+        calibrating.reset()
+        assert (calibrating.iterations, calibrating.found) == (0, None) and list(tmp_path.iterdir()) == []
+        calibrating.fence()
+        assert calibrating.iterations == 0, "the interrupted iteration isn't timed"
+        calibrating.reset()
+
+
+def test_without_room_nothing_is_calibrated_and_it_is_told(tmp_path: Path) -> None:
+    blocked = tmp_path / "slots"
+    blocked.write_text("a file where the directory should be")
+    with Noting() as engine:
+        calibrating = timed(engine, blocked, (LARGE, SMALL))
+        log, events = EventLog(None, 0), list[dict[str, Any]]()
+        log.listen(events.append)
+        with pytest.raises(StoreError, match="--sparse-ckpt-dir .* no room for .* force --sparse-ckpt-window"):
+            calibrating.run(log)
+        calibrating.try_run(log)
+        assert calibrating.done and engine.given == []
+    assert [e["kind"] for e in events] == ["calibration_failed"]
