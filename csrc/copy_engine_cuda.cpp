@@ -25,16 +25,6 @@ namespace {
 // the training's launches in the driver: beside training it was slower, too. The next chunk is on the link meanwhile.
 constexpr auto kFinishPollEvery = std::chrono::microseconds(50);
 
-bool is_over(const CudaEvent& event, const char* call, const char* where) {
-  const cudaError_t code = cudaEventQuery(event.get());
-  if (code == cudaErrorNotReady) {
-    (void)cudaGetLastError();
-    return false;
-  }
-  check_cuda(code, call, where);
-  return true;
-}
-
 // The worker asks for the fence before it starts the first chunk, and also orders the side streams behind it. The order
 // alone would be correct, but a chunk that waits on the GPU behind a collective that never ends cannot be cancelled.
 class StreamFence final : public Fence {
@@ -43,7 +33,7 @@ class StreamFence final : public Fence {
     MOEVEMENT_CUDA(cudaEventRecord(event_.get(), stream));
   }
   bool passed() override {
-    if (!is_over(event_, "cudaEventQuery(fence)", MOEVEMENT_HERE)) return false;
+    if (!is_over(cudaEventQuery(event_.get()), "cudaEventQuery(fence)", MOEVEMENT_HERE)) return false;
     for (const cudaStream_t side : sides_) MOEVEMENT_CUDA(cudaStreamWaitEvent(side, event_.get(), 0));
     return true;
   }
@@ -144,7 +134,7 @@ class CudaDevice final : public CopyDevice {
   }
 
   void finish(std::size_t slot) override {
-    while (!is_over(slots_[slot]->over, "cudaEventQuery(chunk)", MOEVEMENT_HERE)) {
+    while (!is_over(cudaEventQuery(slots_[slot]->over.get()), "cudaEventQuery(chunk)", MOEVEMENT_HERE)) {
       std::this_thread::sleep_for(kFinishPollEvery);
     }
     if (slots_[slot]->staged) ring_.give_back_oldest();

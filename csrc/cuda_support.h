@@ -19,6 +19,16 @@ inline void check_cuda(cudaError_t code, const char* call, const char* here) {
   throw EngineError(std::string(call) + ": " + cudaGetErrorName(code) + ", " + cudaGetErrorString(code) + here);
 }
 
+// Whether what was queried is through, by what the query returned.
+inline bool is_over(cudaError_t queried, const char* call, const char* here) {
+  if (queried == cudaErrorNotReady) {
+    (void)cudaGetLastError();
+    return false;
+  }
+  check_cuda(queried, call, here);
+  return true;
+}
+
 #define MOEVEMENT_CUDA(call) ::moevement::check_cuda((call), #call, MOEVEMENT_HERE)
 
 // Throws EngineError.

@@ -43,13 +43,7 @@ class CudaDigestDevice final : public DigestDevice {
   // The stream and not the last event: what was started in part, before an error, counts too.
   bool over() override {
     const DeviceGuard guard(index_);
-    const cudaError_t code = cudaStreamQuery(side_.get());
-    if (code == cudaErrorNotReady) {
-      (void)cudaGetLastError();
-      return false;
-    }
-    check_cuda(code, "cudaStreamQuery(digests)", MOEVEMENT_HERE);
-    return true;
+    return is_over(cudaStreamQuery(side_.get()), "cudaStreamQuery(digests)", MOEVEMENT_HERE);
   }
 
   double seconds() override {

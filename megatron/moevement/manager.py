@@ -80,7 +80,7 @@ class SparseCheckpointManager:
         self._loadable_everywhere = self._told = -1
         self._alone = self._verified = self._started = False
         self._iteration_starts: list[float] = []
-        self._first_step, self._seconds = 0, 0.0
+        self._first_step = 0
         self.plan: SparsePlan | None = None
 
     @property
@@ -357,14 +357,15 @@ class SparseCheckpointManager:
         if len(times) <= self._config.measure_iterations:
             return
         if link.found is None:
-            self._seconds = statistics.median(after - before for before, after in itertools.pairwise(times[1:]))
             together(self._agreement, lambda: link.run(self._events, then_beside_training=True))
         assert link.found is not None
         bandwidth = link.bytes_per_second_beside_training
         if bandwidth is None:
             return
         self._first_step = step
-        rates = (bandwidth, self._seconds, link.found.copy_seconds, link.found.chunks)
+        timed = itertools.pairwise(times[1 : self._config.measure_iterations + 1])
+        iteration = statistics.median(after - before for before, after in timed)
+        rates = (bandwidth, iteration, link.found.copy_seconds, link.found.chunks)
         digests = measure_digests(self._digests, self._state, self._tools.device_digests)
         self._adopt(Measured(*rates, digests, self._tools.device_digests is not None), None)
 

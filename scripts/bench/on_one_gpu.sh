@@ -2,13 +2,14 @@
 # Builds the extension on a machine with one GPU, and tests or measures there.
 # Usage: scripts/bench/on_one_gpu.sh RESULTS_DIRECTORY PART...
 # Parts: build (the extension and its native tests, unless they are there), extension (tests of the core), native (its C++ tests on the GPU), sanitizer (under compute-sanitizer), job (the
-# main job killed and recovered), boundary (transcripts), digests (those of the device against the host's), copies (copy_engine.py), NAME=VARIANTS (overhead.py --model NAME at the planner's W).
+# main job killed and recovered), exact (job, and a slot damaged in memory), boundary (transcripts), digests (those of the device against the host's), copies (copy_engine.py), NAME=VARIANTS (overhead.py --model NAME at the planner's W).
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 results=$1
 shift
 export PYTHONUNBUFFERED=1
 began=$SECONDS
+main_job() { timeout "${LIMIT:-250}" python3 -m pytest -m gpu tests/gpu/test_main_job.py -q -x -p no:cacheprovider ${JOB:-} 2>&1 | tail -45; }
 note() { echo "=== [$((SECONDS - began)) s] $*"; }
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 # Slots need more shared memory than a tmpfs allows that was made when the machine had less.
@@ -39,10 +40,10 @@ for part in "$@"; do
       # Correctness alone: two jobs may share the GPU.
       RESULTS_DIRECTORY=$results timeout 150 python3 -m pytest -m gpu tests/gpu/test_device_digests.py -k damaged -q -x -p no:cacheprovider >"$results/damaged.log" 2>&1 &
       damaged=$!
-      timeout "${LIMIT:-250}" python3 -m pytest -m gpu tests/gpu/test_main_job.py -q -x -p no:cacheprovider ${JOB:-} 2>&1 | tail -45
+      main_job
       wait $damaged
       tail -5 "$results/damaged.log" ;;
-    job) timeout "${LIMIT:-250}" python3 -m pytest -m gpu tests/gpu/test_main_job.py -q -x -p no:cacheprovider ${JOB:-} 2>&1 | tail -45 ;;
+    job) main_job ;;
     boundary) timeout 200 python3 -m pytest -m gpu tests/gpu/test_boundary.py -q -x -s -p no:cacheprovider 2>&1 | tail -30 ;;
     digests) timeout 200 python3 -m pytest -m gpu tests/gpu/test_device_digests.py -q -x -s -p no:cacheprovider 2>&1 | tail -30 ;;
     copies) timeout 150 python3 scripts/bench/copy_engine.py ${COPIES:-} --output "$results/copy_engine" ;;

@@ -21,8 +21,8 @@ On a GPU iterations vary by several percent over seconds. Each block of a varian
 it, and what counts is the ratio of their medians: the median over all pairs, and its 95% interval (bootstrap; none for
 fewer than six pairs). Many short blocks (`--block 3 --blocks 20`) resolve small overheads, few long ones don't.
 
-Besides the time of iterations it shows how
-long processors were busy in them, all threads of all ranks together. Writes `<output>.json` and `<output>.png`.
+Besides the time of iterations it shows how long processors were busy in them, all threads of all ranks together.
+Writes `<output>.json` and `<output>.png`.
 """
 
 from __future__ import annotations
@@ -96,7 +96,6 @@ def main() -> int:
     """Run the benchmark; the exit status is that of the job."""
     options = parse()
     output = Path(options.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         corpus = Path(scratch) / "text"
         prepare = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), "--python-stdlib"]

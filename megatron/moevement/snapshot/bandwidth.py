@@ -50,7 +50,7 @@ class LinkProbe:
         pieces = [piece for piece in sources if piece.nbytes]
         # From all over the state, so that there are as many small pieces among them as a slot has.
         apart = max(1, sum(piece.nbytes for piece in pieces) // MEASURE_BYTES_LIMIT)
-        for piece in pieces[:: min(apart, len(pieces)) or 1]:
+        for piece in pieces[::apart]:
             nbytes = min(piece.nbytes, MEASURE_BYTES_LIMIT - total)
             if nbytes:
                 chosen.append(MemoryRange(piece.address, nbytes))

@@ -107,12 +107,12 @@ class Calibration:
 
         At least two iterations are timed; the first isn't counted.
 
-        Raises:
-            StoreError: there is no room to measure with.
-
         Args:
             events: who is told.
             then_beside_training: whether the next iterations are probed.
+
+        Raises:
+            StoreError: there is no room to measure with.
         """
         seconds = statistics.median(self._time.seconds[1:])
         place = (self._directory, self._rank, self._state.stream())
@@ -127,10 +127,12 @@ class Calibration:
         self.done = True
         self.found = Calibrated(best, rates[best], seconds, self._awaited, rates)
         if not self._probe.nbytes:
+            # There is nothing to copy, and no limit.
             self._beside = [rates[best]] * PROBED_ITERATIONS
-        # More than fits, so that the link is busy all the time.
-        self._times = 1 + math.ceil(rates[best] * seconds / self._probe.nbytes) if self._probe.nbytes else 0
-        if not then_beside_training or not self._probe.nbytes:
+        if then_beside_training and self._probe.nbytes:
+            # More than fits, so that the link is busy all the time.
+            self._times = 1 + math.ceil(rates[best] * seconds / self._probe.nbytes)
+        else:
             self._forget_probe()
         events.emit("calibration", **self.found.fields())
         return self.found
