@@ -135,6 +135,9 @@ def leave() -> None:
     if dist.is_initialized():
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
+    # Groups find each other by names that count on. A first group that was interrupted while it was made has counted
+    # too, and is none that could be destroyed: the others would look for this rank under another name.
+    dist.distributed_c10d._world.group_count = 0
 
 
 def _end_batches() -> None:

@@ -1,5 +1,6 @@
 """New process groups under a job that stays: every reference is found and replaced, and training goes on."""
 
+import datetime
 import functools
 import threading
 from collections.abc import Callable
@@ -141,3 +142,17 @@ def test_an_interrupted_batch_is_closed(build: Callable[..., TrainingJob]) -> No
     dist.distributed_c10d._world.pg_coalesce_state[batch] = []  # type: ignore[index]
     assert renew(job) > 0
     assert batch.ended == ["cuda"]
+
+
+def test_a_first_group_that_was_interrupted_leaves_no_name_behind(build: Callable[..., TrainingJob]) -> None:
+    """A rank that goes on would look for the others under another name than one that has just been started."""
+    job, moment = build(), datetime.timedelta(seconds=0.2)
+    groups.leave()
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            # The other rank never comes.
+            dist.init_process_group("gloo", store=groups.nowhere(), rank=0, world_size=2, timeout=moment)
+        assert not dist.is_initialized()
+        groups.leave()
+    job.topology = distributed.topology_of(job.topology.device, distributed.connect(job.config, groups.nowhere()))
+    assert dist.group.WORLD is not None and dist.group.WORLD.group_name == "0"
