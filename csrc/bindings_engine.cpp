@@ -155,15 +155,21 @@ It and the tickets before it of its priority are not spread out nor paused any m
 chunks in flight; bytes_per_second_limit stays.
 
 Does nothing for a finished ticket. KeyError when unknown or dropped.)")
-      .def("pause", &CopyEngine::pause, ReleaseGil(),
-           R"(Hint that a small copy of somebody else is about to be awaited; may be nested.
+      .def("pause", &CopyEngine::pause, py::arg("stream") = py::none(), ReleaseGil(),
+           R"(Hint that a small copy of somebody else will be awaited; pauses may overlap. Returns what resume takes.
 
-Tickets of priority 0 that nobody hurries start no chunk until resume(), or for 5 ms, whichever is first.)")
-      .def("resume", &CopyEngine::resume, ReleaseGil(), "End one pause(); nothing happens when it ended by itself.")
-      .def("set_chunks", &CopyEngine::set_chunks, py::arg("chunk_bytes"), py::arg("chunks_in_flight"), ReleaseGil(),
+Tickets of priority 0 that nobody hurries start no chunk until resume(), or for 5 ms, whichever is first. stream: handle
+of a CUDA stream; the pause begins when the device is through with what the stream was given so far. None: at once.
+Raises EngineError when the device can't tell.)")
+      .def("resume", &CopyEngine::resume, py::arg("pause"), ReleaseGil(),
+           "End a pause, begun or not; nothing happens when it is over.")
+      .def("set_chunks", &CopyEngine::set_chunks, py::arg("chunk_bytes"), py::arg("chunks_in_flight"),
+           py::arg("growth") = kChunkGrowth, ReleaseGil(),
            R"(Change the bytes of a chunk and how many are in flight, for chunks started from now on.
 
-Raises ValueError unless chunk_bytes is 1 to max_chunk_bytes and chunks_in_flight 1 to 64.)");
+growth: while the link runs dry, because the driver keeps the engine's thread waiting, each next chunk is twice as
+large, up to so many times chunk_bytes; after a pause and in the next ticket they are small again.
+Raises ValueError unless chunk_bytes is 1 to max_chunk_bytes, chunks_in_flight 1 to 64 and growth 1 to 64.)");
 }
 
 }  // namespace

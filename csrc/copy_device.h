@@ -32,6 +32,8 @@ class CopyDevice {
   virtual void enter_worker() = 0;
   // Any thread: a fence behind the work given to `stream` so far; null where there is nothing to wait for.
   virtual std::unique_ptr<Fence> fence(std::uint64_t stream) = 0;
+  // Any thread: the same point, of which the worker is only told; no copy is ordered behind it.
+  virtual std::unique_ptr<Fence> mark(std::uint64_t stream) = 0;
   // Any thread: device memory for gathering, over all chunks in flight; 0 where nothing is gathered.
   virtual std::uint64_t staging_bytes() const noexcept = 0;
 
@@ -42,6 +44,8 @@ class CopyDevice {
   virtual void copy_chunk(const Chunk& chunk, std::size_t slot) = 0;
   // Waits for the oldest chunk that is not over yet, which is in `slot`.
   virtual void finish(std::size_t slot) = 0;
+  // Whether the chunk in `slot` is over already; always false where the worker itself copies, which never falls behind.
+  virtual bool over(std::size_t slot) = 0;
   // Returns when no copy is in flight, whatever went wrong before.
   virtual void drain() noexcept = 0;
   // False when an earlier error makes every later call fail too.

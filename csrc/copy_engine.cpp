@@ -11,7 +11,8 @@ namespace moevement {
 namespace {
 
 constexpr auto kPollEvery = std::chrono::milliseconds(50);
-constexpr auto kLongestPause = std::chrono::milliseconds(5);
+// More at a time are of resumes that were lost.
+constexpr std::size_t kMostPauses = 16;
 
 double seconds(std::chrono::steady_clock::duration duration) {
   return std::chrono::duration<double>(duration).count();
@@ -192,29 +193,30 @@ void CopyEngine::hurry(std::uint64_t ticket) {
   notify_worker();
 }
 
-void CopyEngine::pause() {
+std::uint64_t CopyEngine::pause(std::optional<std::uint64_t> stream) {
   require_owner();
+  std::shared_ptr<Fence> fence = stream ? device_->mark(*stream) : nullptr;
   const Lock lock(mutex_);
-  const auto now = Clock::now();
-  (void)paused(now);
-  ++pauses_;
-  pause_end_ = now + kLongestPause;
+  if (pauses_.size() == kMostPauses) pauses_.pop_front();
+  pauses_.push_back({++last_pause_, std::move(fence), Clock::now() + kLongestPause});
+  return last_pause_;
 }
 
-void CopyEngine::resume() {
+void CopyEngine::resume(std::uint64_t pause) {
   require_owner();
   const Lock lock(mutex_);
-  // The pause may have ended by itself.
-  if (pauses_ != 0) --pauses_;
+  pauses_.erase(std::remove_if(pauses_.begin(), pauses_.end(), [&](const Pause& one) { return one.id == pause; }),
+                pauses_.end());
   notify_worker();
 }
 
-void CopyEngine::set_chunks(std::uint64_t chunk_bytes, std::size_t chunks_in_flight) {
+void CopyEngine::set_chunks(std::uint64_t chunk_bytes, std::size_t chunks_in_flight, std::size_t growth) {
   require_owner();
-  check_chunks(chunk_bytes, chunks_in_flight, std::max(limits_.max_chunk_bytes, limits_.chunk_bytes));
+  check_chunks(chunk_bytes, chunks_in_flight, std::max(limits_.max_chunk_bytes, limits_.chunk_bytes), growth);
   const Lock lock(mutex_);
   chunk_bytes_ = chunk_bytes;
   chunks_in_flight_ = chunks_in_flight;
+  growth_ = growth;
   notify_worker();
 }
 

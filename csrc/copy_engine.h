@@ -75,12 +75,16 @@ class CopyEngine {
   // The caller is about to wait for the ticket: it and the tickets before it of its priority are not spread out nor
   // paused any more, and may have more chunks in flight. Nothing happens to a finished one. Throws UnknownTicket.
   void hurry(std::uint64_t ticket);
-  // A small copy of somebody else is about to be awaited: tickets of priority 0 that nobody waits for start no chunk
-  // until resume(), which may be nested, or for 5 ms: a lost resume must not stop snapshots.
-  void pause();
-  void resume();
-  // For chunks started from now on. Throws std::invalid_argument.
-  void set_chunks(std::uint64_t chunk_bytes, std::size_t chunks_in_flight);
+  // A small copy of somebody else will be awaited: tickets of priority 0 that nobody waits for start no chunk until
+  // resume(), or for 5 ms: a lost resume must not stop snapshots. The pause begins at once, or, with a stream, when the
+  // device is through with what the stream was given so far. Pauses may overlap. Returns what resume() takes, which does
+  // nothing for a pause that is over.
+  std::uint64_t pause(std::optional<std::uint64_t> stream = std::nullopt);
+  void resume(std::uint64_t pause);
+  // For chunks started from now on. `growth`: chunks become up to so many times larger while the link runs dry, because
+  // the worker comes too late with the next one; they are small again after a pause and in the next ticket.
+  // Throws std::invalid_argument.
+  void set_chunks(std::uint64_t chunk_bytes, std::size_t chunks_in_flight, std::size_t growth = kChunkGrowth);
 
   // Pins host memory until it is unregistered or the engine closes; false on the CPU. Throw EngineError.
   bool register_host(std::uint64_t address, std::uint64_t nbytes);
@@ -99,6 +103,7 @@ class CopyEngine {
  private:
   using Clock = std::chrono::steady_clock;
   using Lock = std::unique_lock<std::mutex>;
+  static constexpr auto kLongestPause = std::chrono::milliseconds(5);
 
   // Guarded by the lock, except what is the worker's own.
   struct Ticket {
@@ -128,6 +133,11 @@ class CopyEngine {
     std::size_t slot;
     std::uint64_t offset, bytes;
   };
+  struct Pause {
+    std::uint64_t id;
+    std::shared_ptr<Fence> fence;  // shared with the worker while it asks; null once the pause has begun
+    Clock::time_point end;         // once it has begun
+  };
   // Highest priority first, then the oldest.
   using Pending = std::map<std::pair<int, std::uint64_t>, TicketRef>;
 
@@ -146,17 +156,19 @@ class CopyEngine {
   void fail_engine(const std::string& error);
   void drop_cancelled();
   std::vector<TicketRef> heads() const;
-  bool paused(Clock::time_point now);
+  Clock::time_point pause_end(Clock::time_point now);
   std::size_t burst() const;
   std::uint64_t staging_share() const;
 
   // Worker thread, without the lock.
   void run();
   bool step();
+  void begin_pauses();
   bool ready(Ticket& ticket, Clock::time_point& wake);
   bool serve(const TicketRef& ticket);
   bool has_room(const Ticket& ticket);
-  std::optional<ChunkRules> begin_chunk(Ticket& ticket);
+  bool ran_dry();
+  std::optional<ChunkRules> begin_chunk(Ticket& ticket, bool dry);
   void pay(Ticket& ticket, const Chunk& chunk);
   bool finish_oldest();
   bool fail(const TicketRef& ticket, const std::string& error, bool doubt_others);
@@ -180,13 +192,15 @@ class CopyEngine {
   std::size_t unfinished_ = 0;
   std::uint64_t chunk_bytes_;
   std::size_t chunks_in_flight_;
-  std::size_t pauses_ = 0;
-  Clock::time_point pause_end_{};
+  std::size_t growth_ = kChunkGrowth;
+  std::deque<Pause> pauses_;  // oldest first
+  std::uint64_t last_pause_ = 0;
   bool closing_ = false;
 
   // Worker thread only.
   std::deque<Flight> flights_;  // oldest first
   std::size_t next_slot_ = 0;
+  std::size_t grown_ = 1;  // times
   Clock::time_point next_copy_at_{};
   std::thread worker_;
 };

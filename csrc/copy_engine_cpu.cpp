@@ -10,6 +10,7 @@ class CpuDevice final : public CopyDevice {
  public:
   void enter_worker() override {}
   std::unique_ptr<Fence> fence(std::uint64_t) override { return nullptr; }
+  std::unique_ptr<Fence> mark(std::uint64_t) override { return nullptr; }
   std::uint64_t staging_bytes() const noexcept override { return 0; }
   Direction direction(const CopyPiece&) override { return Direction::other; }
   void copy_chunk(const Chunk& chunk, std::size_t) override {
@@ -19,6 +20,7 @@ class CpuDevice final : public CopyDevice {
     }
   }
   void finish(std::size_t) override {}
+  bool over(std::size_t) override { return false; }
   void drain() noexcept override {}
   bool usable() noexcept override { return true; }
   bool register_host(std::uint64_t, std::uint64_t) override { return false; }

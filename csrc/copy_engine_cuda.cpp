@@ -93,6 +93,11 @@ class CudaDevice final : public CopyDevice {
     return std::make_unique<StreamFence>(reinterpret_cast<cudaStream_t>(stream), std::move(sides));
   }
 
+  std::unique_ptr<Fence> mark(std::uint64_t stream) override {
+    const DeviceGuard guard(index_);
+    return std::make_unique<StreamFence>(reinterpret_cast<cudaStream_t>(stream), std::vector<cudaStream_t>());
+  }
+
   std::uint64_t staging_bytes() const noexcept override { return staging_bytes_; }
 
   Direction direction(const CopyPiece& first) override {
@@ -133,10 +138,12 @@ class CudaDevice final : public CopyDevice {
     before_ = &here;
   }
 
+  bool over(std::size_t slot) override {
+    return is_over(cudaEventQuery(slots_[slot]->over.get()), "cudaEventQuery(chunk)", MOEVEMENT_HERE);
+  }
+
   void finish(std::size_t slot) override {
-    while (!is_over(cudaEventQuery(slots_[slot]->over.get()), "cudaEventQuery(chunk)", MOEVEMENT_HERE)) {
-      std::this_thread::sleep_for(kFinishPollEvery);
-    }
+    while (!over(slot)) std::this_thread::sleep_for(kFinishPollEvery);
     if (slots_[slot]->staged) ring_.give_back_oldest();
   }
 

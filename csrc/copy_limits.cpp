@@ -37,11 +37,13 @@ bool is_seconds(double value) { return value >= 0 && value <= kMaxSeconds; }
 
 }  // namespace
 
-void check_chunks(std::uint64_t chunk_bytes, std::size_t chunks_in_flight, std::uint64_t max_chunk_bytes) {
+void check_chunks(std::uint64_t chunk_bytes, std::size_t chunks_in_flight, std::uint64_t max_chunk_bytes,
+                  std::size_t growth) {
   require(chunk_bytes >= 1 && chunk_bytes <= max_chunk_bytes,
           "chunk_bytes must be 1 to " + std::to_string(max_chunk_bytes), MOEVEMENT_HERE);
   require(chunks_in_flight >= 1 && chunks_in_flight <= kMaxChunksInFlight, "chunks_in_flight must be 1 to 64",
           MOEVEMENT_HERE);
+  require(growth >= 1 && growth <= kMaxChunkGrowth, "growth must be 1 to 64", MOEVEMENT_HERE);
 }
 
 void check_limits(const EngineLimits& limits) {

@@ -11,6 +11,9 @@
 
 namespace moevement {
 
+constexpr std::size_t kChunkGrowth = 8;
+constexpr std::size_t kMaxChunkGrowth = 64;
+
 struct EngineLimits {
   std::uint64_t chunk_bytes = std::uint64_t{4} << 20;
   std::size_t chunks_in_flight = 2;
@@ -36,7 +39,8 @@ struct SubmitOptions {
 };
 
 void check_limits(const EngineLimits& limits);
-void check_chunks(std::uint64_t chunk_bytes, std::size_t chunks_in_flight, std::uint64_t max_chunk_bytes);
+void check_chunks(std::uint64_t chunk_bytes, std::size_t chunks_in_flight, std::uint64_t max_chunk_bytes,
+                  std::size_t growth = kChunkGrowth);
 void check_batch(const std::vector<CopyPiece>& batch, const SubmitOptions& options);
 double checked_timeout(double timeout_seconds);
 

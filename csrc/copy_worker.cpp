@@ -96,10 +96,13 @@ std::vector<CopyEngine::TicketRef> CopyEngine::heads() const {
   return found;
 }
 
-// Caller holds the lock.
-bool CopyEngine::paused(Clock::time_point now) {
-  if (now >= pause_end_) pauses_ = 0;
-  return pauses_ != 0;
+// Caller holds the lock. When the last of the pauses that have begun ends by itself; `now` when there is none.
+CopyEngine::Clock::time_point CopyEngine::pause_end(Clock::time_point now) {
+  auto end = now;
+  for (const Pause& pause : pauses_) {
+    if (!pause.fence) end = std::max(end, pause.end);
+  }
+  return end;
 }
 
 // Caller holds the lock.
@@ -152,6 +155,25 @@ bool CopyEngine::step() {
   return true;
 }
 
+// Begins the pauses whose streams have come to them.
+void CopyEngine::begin_pauses() {
+  while (true) {
+    std::shared_ptr<Fence> fence;
+    {
+      const Lock lock(mutex_);
+      const auto next = std::find_if(pauses_.begin(), pauses_.end(), [](const Pause& pause) { return !!pause.fence; });
+      if (next == pauses_.end()) return;
+      fence = next->fence;
+    }
+    // Without the lock, as for tickets.
+    if (!fence->passed()) return;
+    const Lock lock(mutex_);
+    for (Pause& pause : pauses_) {
+      if (pause.fence == fence) pause = {pause.id, nullptr, Clock::now() + kLongestPause};
+    }
+  }
+}
+
 // Whether the ticket may start a chunk now; else `wake` is brought forward to when it is to be asked again.
 bool CopyEngine::ready(Ticket& ticket, Clock::time_point& wake) {
   std::shared_ptr<Fence> fence;
@@ -162,6 +184,7 @@ bool CopyEngine::ready(Ticket& ticket, Clock::time_point& wake) {
   }
   // Without the lock: a device that is busy for others must not hold up who only asks for a state.
   const bool passed = !fence || fence->passed();
+  if (passed && ticket.priority == 0) begin_pauses();
   const Lock lock(mutex_);
   const auto now = Clock::now();
   auto at = next_copy_at_;
@@ -171,7 +194,9 @@ bool CopyEngine::ready(Ticket& ticket, Clock::time_point& wake) {
     ticket.fence.reset();
     if (!ticket.hurried) {
       at = std::max(at, ticket.next_at);
-      if (ticket.priority == 0 && paused(now)) at = std::max(at, pause_end_);
+      const auto resumed = ticket.priority == 0 ? pause_end(now) : now;
+      if (resumed > now) grown_ = 1;
+      at = std::max(at, resumed);
     }
   }
   if (passed && at <= now) return true;
@@ -182,7 +207,7 @@ bool CopyEngine::ready(Ticket& ticket, Clock::time_point& wake) {
 // Starts the ticket's next chunk, or finishes another one first.
 bool CopyEngine::serve(const TicketRef& ticket) {
   if (!has_room(*ticket)) return finish_oldest();
-  const auto rules = begin_chunk(*ticket);
+  const auto rules = begin_chunk(*ticket, ran_dry());
   if (!rules) return true;
   Chunk chunk;
   try {
@@ -208,8 +233,19 @@ bool CopyEngine::has_room(const Ticket& ticket) {
   return flights_.size() < (ticket.hurried ? burst() : chunks_in_flight_);
 }
 
+// Whether the link has nothing to do, although there are chunks to start: beside a training that launches far ahead the
+// driver can keep this thread waiting in each of its calls, so that fewer and larger chunks are needed.
+bool CopyEngine::ran_dry() {
+  try {
+    return !flights_.empty() && device_->over(flights_.back().slot);
+  } catch (const EngineError&) {
+    // Whoever finishes the chunk meets the error as well, and knows whose it is.
+    return false;
+  }
+}
+
 // The rules for the ticket's next chunk (its direction is not known yet); none when it has none to start.
-std::optional<ChunkRules> CopyEngine::begin_chunk(Ticket& ticket) {
+std::optional<ChunkRules> CopyEngine::begin_chunk(Ticket& ticket, bool dry) {
   const Lock lock(mutex_);
   if (is_finished(ticket) || ticket.cancel_requested) return std::nullopt;
   if (!ticket.has_started) {
@@ -217,13 +253,16 @@ std::optional<ChunkRules> CopyEngine::begin_chunk(Ticket& ticket) {
     ticket.started = Clock::now();
     ticket.next_at = ticket.started;
     ticket.has_started = true;
+    grown_ = 1;
+  } else if (dry) {
+    grown_ = std::min(2 * grown_, growth_);
   }
   if (ticket.total_bytes == 0) {
     pending_.erase(key(ticket));
     settle(ticket);
     return std::nullopt;
   }
-  return ChunkRules{chunk_bytes_, staging_share(), Direction::other};
+  return ChunkRules{chunk_bytes_ * std::min(grown_, growth_), staging_share(), Direction::other};
 }
 
 // Sets when the next chunk of the ticket, and of any ticket, may start.

@@ -32,6 +32,7 @@ struct Script {
   std::atomic<int> chunks{0};                 // in flight
   std::atomic<int> most_chunks{0};
   std::atomic<int> drains{0};
+  std::atomic<bool> dry{false};               // chunks are over before anybody waits for them
 
   std::vector<std::uint64_t> sources() {
     const std::lock_guard<std::mutex> lock(mutex);
@@ -57,6 +58,7 @@ class FakeDevice final : public CopyDevice {
   explicit FakeDevice(Script& script) : script_(script), chunks_(kMaxChunksInFlight) {}
   void enter_worker() override {}
   std::unique_ptr<Fence> fence(std::uint64_t stream) override { return std::make_unique<FakeFence>(script_, stream); }
+  std::unique_ptr<Fence> mark(std::uint64_t stream) override { return fence(stream); }
   std::uint64_t staging_bytes() const noexcept override { return 0; }
   Direction direction(const CopyPiece&) override { return Direction::other; }
   void copy_chunk(const Chunk& chunk, std::size_t slot) override {
@@ -82,6 +84,7 @@ class FakeDevice final : public CopyDevice {
     }
     perform_oldest();
   }
+  bool over(std::size_t) override { return script_.dry; }
   void drain() noexcept override {
     ++script_.drains;
     while (!order_.empty()) perform_oldest();

@@ -180,12 +180,13 @@ void a_pause_holds_back_plain_tickets_for_a_moment() {
   Batch plain(1), urgent(1), waited(1);
   std::atomic<bool> stop{false};
   // Keeps the pause alive.
-  engine.pause();
+  std::uint64_t pause = engine.pause();
   std::thread pauser([&] {
     while (!stop) {
-      engine.pause();
+      const std::uint64_t next = engine.pause();
+      engine.resume(pause);
+      pause = next;
       std::this_thread::sleep_for(std::chrono::microseconds(200));
-      engine.resume();
     }
   });
   const auto held = plain.submit(engine);
@@ -198,10 +199,46 @@ void a_pause_holds_back_plain_tickets_for_a_moment() {
   CHECK(passed && hurried);
   // A machine that stalls for 5 ms lets the pause run out.
   if (in_time) std::printf("     the pause ran out early\n");
-  engine.pause();
+  pause = engine.pause();
   CHECK(engine.wait(waited.submit(engine), 10));
-  engine.resume();
-  engine.resume();
+  engine.resume(pause);
+  engine.resume(pause);
+}
+
+void a_pause_of_a_stream_begins_when_the_device_comes_to_it() {
+  Script script;
+  script.shut_stream = 9;
+  script.chunk_gate_open = false;
+  CopyEngine engine(fake(script), small_chunks(4));
+  Batch bulk(40);
+  const auto pause = engine.pause(9);
+  const auto ticket = bulk.submit(engine);
+  until([&] { return script.started == 2; });
+  script.permits = 3;
+  until([&] { return script.started == 5; });
+  // The device comes to the pause: chunks in flight go on, and no further one is started, for 5 ms.
+  script.shut_stream = 0;
+  script.permits = 2;
+  until([&] { return script.finished == 5 || script.started > 5; });
+  const bool held = script.started == 5;
+  script.chunk_gate_open = true;
+  engine.resume(pause);
+  CHECK(engine.wait(ticket, 10) && bulk.to == bulk.from);
+  if (!held) std::printf("     the pause ran out early\n");
+}
+
+void chunks_grow_while_the_link_runs_dry() {
+  Script script;
+  script.dry = true;
+  CopyEngine engine(fake(script), small_chunks(4));
+  Batch bulk(40), next(2);
+  CHECK(engine.wait(bulk.submit(engine), 10) && bulk.to == bulk.from);
+  // 4, 8, 16, 32, 32, ... of 160 bytes, but for those that begin with nothing in flight.
+  CHECK(script.started < 15 && script.started >= 7);
+  script.started = 0;
+  engine.set_chunks(4, 2, 1);
+  CHECK(engine.wait(bulk.submit(engine), 10) && script.started == 40);
+  CHECK_THROWS(std::invalid_argument, (engine.set_chunks(4, 2, 0), 0));
 }
 
 void set_chunks_is_checked() {
@@ -280,7 +317,8 @@ void random_schedules_lose_nothing() {
       options.spread_seconds = random() % 4 == 0 ? 0.002 : 0;
       tickets.push_back(batch.submit(engine, std::move(options)));
       if (random() % 4 == 0) engine.set_chunks(1 + random() % 9, 1 + random() % 4);
-      if (random() % 4 == 0) engine.pause();
+      script.dry = random() % 2 == 0;
+      if (random() % 4 == 0) engine.pause(random() % 2 == 0 ? std::nullopt : std::optional<std::uint64_t>(7));
       if (random() % 4 == 0) engine.hurry(tickets[random() % tickets.size()]);
       if (random() % 3 == 0) engine.cancel(tickets[random() % tickets.size()]);
     }
@@ -308,7 +346,8 @@ int test_schedule() {
          RUN(a_partly_done_ticket_is_cancelled_while_others_are_in_flight) +
          RUN(spreading_takes_its_time_and_hurry_ends_it) + RUN(a_spread_ticket_lets_others_use_the_gaps) +
          RUN(a_spread_ticket_that_was_held_up_makes_up_for_it) + RUN(a_hurried_ticket_has_more_chunks_in_flight) +
-         RUN(a_pause_holds_back_plain_tickets_for_a_moment) + RUN(set_chunks_is_checked) +
+         RUN(a_pause_holds_back_plain_tickets_for_a_moment) +
+         RUN(a_pause_of_a_stream_begins_when_the_device_comes_to_it) + RUN(chunks_grow_while_the_link_runs_dry) + RUN(set_chunks_is_checked) +
          RUN(errors_name_the_groups_of_the_chunk) + RUN(a_failed_copy_leaves_others_in_flight_right) +
          RUN(random_schedules_lose_nothing);
 }

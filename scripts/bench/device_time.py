@@ -11,6 +11,8 @@ from typing import Any
 
 # What a slot needs of the device, by the names of kernels and copies; all else is training's.
 OF_SLOTS = ("digest_leaves", "move_pieces", "Memcpy DtoH")
+# A copy to the host that takes no longer is one that training waits for.
+READ_BACK_US = 10.0
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
@@ -22,10 +24,20 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
+def awaited(spans: Iterable[tuple[float, float, bool]]) -> float:
+    """How long nothing ran before copies that training waits for; spans: begin, end, whether it is such a copy."""
+    total, reached = 0.0, float("inf")
+    for begin, end, read_back in sorted(spans):
+        total += max(0.0, begin - reached) if read_back else 0.0
+        reached = end if reached == float("inf") else max(reached, end)
+    return total
+
+
 def profiled(run: Callable[[], object], iterations: int) -> dict[str, Any]:
     """Runs `iterations` under torch's profiler, and tells seconds of an iteration on the device.
 
     `busy_seconds`: at least one kernel of training runs. `kernel_seconds`: their sum. `idle_seconds`: none runs.
+    `awaited_seconds`: none runs, and a small copy to the host comes next, which waits until the link is free.
     `longest`: the ten kinds of kernels that take most, with their seconds.
     """
     import torch
@@ -37,7 +49,10 @@ def profiled(run: Callable[[], object], iterations: int) -> dict[str, Any]:
         torch.cuda.synchronize()
     events = [event for event in profiler.events() if str(event.device_type).endswith("CUDA")]
     spans, kinds = [], dict[str, float]()
+    read_backs = []
     for event in events:
+        if "Memcpy DtoH" in event.name and event.time_range.elapsed_us() <= READ_BACK_US:
+            read_backs.append((event.time_range.start, event.time_range.end, True))
         if not any(name in event.name for name in OF_SLOTS):
             spans.append((event.time_range.start, event.time_range.end))
             kinds[event.name] = kinds.get(event.name, 0.0) + event.time_range.elapsed_us()
@@ -50,6 +65,7 @@ def profiled(run: Callable[[], object], iterations: int) -> dict[str, Any]:
         "busy_seconds": busy * scale,
         "kernel_seconds": sum(end - begin for begin, end in spans) * scale,
         "idle_seconds": (whole - busy) * scale,
+        "awaited_seconds": awaited(read_backs + [(*span, False) for span in spans]) * scale,
         "longest": {
             name[:80]: seconds * scale for name, seconds in sorted(kinds.items(), key=lambda item: -item[1])[:10]
         },

@@ -59,20 +59,22 @@ DEMO = (
     "--attention-dropout 0.1 --micro-batch-size 1 --global-batch-size 4 --pipeline-model-parallel-size 2 "
     "--expert-model-parallel-size 2 --use-cpu --distributed-backend gloo"
 )
-# One micro-batch of 32,768 tokens: with few tokens the GPU would wait for the launches of so many small experts.
+# One micro-batch of 32,768 tokens. Experts are launched one by one; where the GPU is done with one before the host has
+# launched the next, the host's noise is what is measured. So there are few layers of large experts, and of more of them
+# each token goes to more: each has 4,096 tokens.
 LARGE = (
-    "--num-layers 4 --hidden-size 2048 --num-attention-heads 16 --seq-length 1024 --swiglu --disable-bias-linear "
+    "--num-layers 2 --hidden-size 2048 --num-attention-heads 16 --seq-length 1024 --swiglu --disable-bias-linear "
     "--hidden-dropout 0 --attention-dropout 0 --micro-batch-size 32 --global-batch-size 32 "
 )
 # name -> (processes, flags)
 MODELS = {
     "demo": (4, DEMO),
-    "16-experts": (1, LARGE + "--num-experts 16 --moe-ffn-hidden-size 4096"),
-    "32-experts": (1, LARGE + "--num-experts 32 --moe-ffn-hidden-size 2048"),
+    "16-experts": (1, LARGE + "--num-experts 16 --moe-ffn-hidden-size 8192"),
+    "32-experts": (1, LARGE + "--num-experts 32 --moe-ffn-hidden-size 4096 --moe-router-topk 4"),
     # Over NCCL, four micro-batches through a stage a GPU.
     "16-experts-pp2": (
         2,
-        LARGE.replace("--micro-batch-size 32", "--micro-batch-size 8") + "--num-experts 16 --moe-ffn-hidden-size 4096 "
+        LARGE + "--num-layers 4 --micro-batch-size 8 --num-experts 16 --moe-ffn-hidden-size 4096 "
         "--pipeline-model-parallel-size 2 --untie-embeddings-and-output-weights --distributed-backend nccl",
     ),
     # Four ranks share one GPU, eight micro-batches: boundary tensors of 4 MiB.
@@ -82,7 +84,7 @@ MODELS = {
         "--disable-bias-linear --hidden-dropout 0 --attention-dropout 0 --micro-batch-size 2 --global-batch-size 16 "
         "--pipeline-model-parallel-size 4 --untie-embeddings-and-output-weights --distributed-backend gloo",
     ),
-    "64-experts": (1, LARGE + "--num-experts 64 --moe-ffn-hidden-size 768"),
+    "64-experts": (1, LARGE + "--num-experts 64 --moe-ffn-hidden-size 3072 --moe-router-topk 8"),
 }
 # Variants that write a transcript, and those whose name may be followed by switches.
 TRANSCRIBED = ("transcript", "sparse-transcript")
@@ -210,7 +212,7 @@ def job_command(options: argparse.Namespace, corpus: Path, raw: Path) -> list[st
     sparse += ["--sparse-ckpt-reorder", "off", "--sparse-ckpt-digest", options.digest]
     sparse += ["--sparse-ckpt-name", f"overhead-{uuid.uuid4().hex[:12]}"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    words = [*model.split(), *COMMON.split(), "--data-path", str(corpus), *sparse]
+    words = [*COMMON.split(), *model.split(), "--data-path", str(corpus), *sparse]
     measured = ["--raw", str(raw), "--blocks", str(options.blocks), "--block", str(options.block)]
     measured += ["--variants", options.variants, "--slow-iterations", str(options.slow_iterations)]
     measured += ["--profile", str(options.profile)]

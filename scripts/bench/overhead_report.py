@@ -52,8 +52,10 @@ def print_table(result: dict[str, Any]) -> None:
         if "transcript" in one:
             print(f"  {name}: {left_out(one['transcript'])}")
         if one.get("on_device"):
-            busy, idle = (1000 * one["on_device"][kind] for kind in ("busy_seconds", "idle_seconds"))
-            print(f"  {name}: {one['on_device']['kernels']:.0f} kernels, busy {busy:.1f} ms, idle {idle:.1f} ms")
+            kinds = ("busy_seconds", "idle_seconds", "awaited_seconds")
+            busy, idle, read = (1000 * one["on_device"][kind] for kind in kinds)
+            kernels = f"{one['on_device']['kernels']:.0f} kernels"
+            print(f"  {name}: {kernels}, busy {busy:.1f} ms, idle {idle:.1f} ms, {read:.1f} ms of it for small copies")
         if "slot" in one:
             figures = ", ".join(f"{kind.removesuffix('_seconds')} {1000 * s:.2f} ms" for kind, s in one["slot"].items())
             print(f"  {name}: {figures}")

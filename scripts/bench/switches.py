@@ -9,7 +9,7 @@ import contextlib
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 from megatron.moevement.config import MIB
@@ -20,6 +20,8 @@ MOST_RANGES = 100_000
 _PRIORITY_PLACE = 5
 # What DeviceDigests has by default.
 DEVICE_BLOCKS = 64
+# What CopyEngine has by default.
+CHUNK_GROWTH = 8
 
 
 class SwitchedPool(DigestPool):
@@ -106,14 +108,14 @@ class SwitchedEngine(CopyEngine):
         self.own_chunks: tuple[int, int] = (limits["chunk_bytes"], limits["chunks_in_flight"])
         SwitchedEngine.made.append(self)
 
-    def set_chunks(self, chunk_bytes: int, chunks_in_flight: int) -> None:
+    def set_chunks(self, chunk_bytes: int, chunks_in_flight: int, growth: int = CHUNK_GROWTH) -> None:
         """Sets chunks, as the calibration does, and remembers them."""
         self.own_chunks = (chunk_bytes, chunks_in_flight)
-        self.set_switched(chunk_bytes, chunks_in_flight)
+        self.set_switched(chunk_bytes, chunks_in_flight, growth)
 
-    def set_switched(self, chunk_bytes: int, chunks_in_flight: int) -> None:
+    def set_switched(self, chunk_bytes: int, chunks_in_flight: int, growth: int = CHUNK_GROWTH) -> None:
         """Sets chunks until somebody else does."""
-        super().set_chunks(chunk_bytes, chunks_in_flight)
+        super().set_chunks(chunk_bytes, chunks_in_flight, growth)
 
     def submit(self, *arguments: Any, **options: Any) -> int:
         """Queues a batch; the transcript's, of higher priority than the slots', is not switched."""
@@ -131,13 +133,13 @@ class Switched:
         inner: the manager's hooks.
         engine: the manager's copy engine.
         text: with `:` in between, `digests=off`, `device`, `host`, or `8` (threads of the host), `blocks=64` (of the
-            device's digests), `chunks=4x2` (MiB, in flight), `spread=0.9` (of the time until the fence), `pauses`,
-            `copies=off` (one piece, for the cost of all else).
+            device's digests), `chunks=4x2` (MiB, in flight), `growth=1` (of chunks while the link runs dry),
+            `spread=0.9` (of the time until the fence), `pauses`, `copies=off` (one piece: the cost of all else).
     """
 
     def __init__(self, inner: Any, engine: SwitchedEngine, text: str) -> None:
         words = dict(word.partition("=")[::2] for word in text.split(":") if word)
-        unknown = set(words) - {"digests", "blocks", "chunks", "spread", "pauses", "copies"}
+        unknown = set(words) - {"digests", "blocks", "chunks", "growth", "spread", "pauses", "copies"}
         if unknown:
             raise ValueError(f"--variants: {text}: unknown {unknown.pop()}")
         self._inner, self._engine = inner, engine
@@ -151,6 +153,7 @@ class Switched:
         self._blocks = int(words["blocks"]) if "blocks" in words else None
         size, _, flight = words["chunks"].partition("x") if "chunks" in words else ("", "", "")
         self._chunks = (int(float(size) * MIB), int(flight)) if size else None
+        self._growth = int(words.get("growth", CHUNK_GROWTH))
         self._spread, self._pauses = float(words.get("spread", 0)), "pauses" in words
         self._copies = {"on": True, "off": False}[words.get("copies", "on")]
         self._seconds: deque[float] = deque(maxlen=5)
@@ -160,7 +163,7 @@ class Switched:
         """Sets the switches, and begins the slot."""
         SwitchedPool.threads_wanted = self._threads
         SwitchedDigests.wanted, SwitchedDigests.blocks_wanted = self._on_device, self._blocks
-        self._engine.set_switched(*(self._chunks or self._engine.own_chunks))
+        self._engine.set_switched(*(self._chunks or self._engine.own_chunks), self._growth)
         self._engine.spread_seconds = self._spread * statistics.median(self._seconds or [0.0])
         self._engine.copies = self._copies
         if self._pauses:
@@ -183,30 +186,40 @@ class Switched:
 
 
 class Pauses:
-    """Pauses the engine from where a MoE layer starts its small copies to where it has them."""
+    """Keeps the link free from where the device comes to a MoE layer until the host has read what it waits for.
+
+    Core's MoE layers read back how many tokens go to which expert before they launch the experts. Chunks in flight when
+    a pause begins are to be over before the router is, so that it begins a module earlier.
+    """
 
     engine: CopyEngine | None = None
 
     @staticmethod
     @contextlib.contextmanager
     def installed(chunks: Iterable[Any]) -> Iterator[None]:
-        """Wraps the one function by which the dispatcher of the model's MoE layers starts and awaits small copies."""
-        layers = (module for chunk in chunks for module in chunk.modules() if hasattr(module, "token_dispatcher"))
-        dispatcher = type(next(layers).token_dispatcher)
-        name = "_maybe_dtoh_and_synchronize"
-        original = vars(dispatcher)[name]
-
-        def paused(self: Any, point: str, *arguments: Any) -> Any:
-            engine = Pauses.engine
-            if engine is not None and point == self.cuda_dtoh_point:
-                engine.pause()
-            result = original(self, point, *arguments)
-            if engine is not None and point == self.cuda_sync_point:
-                engine.resume()
-            return result
-
-        setattr(dispatcher, name, paused)
-        try:
+        """Hooks on the model's MoE layers; they do nothing while `engine` is None."""
+        with contextlib.ExitStack() as stack:
+            for layer in (module for chunk in chunks for module in chunk.modules() if hasattr(module, "mlp")):
+                if hasattr(layer.mlp, "experts"):
+                    before, after = Pauses._pair()
+                    for module, hook in ((layer.pre_mlp_layernorm, before), (layer.mlp.experts, after)):
+                        stack.callback(module.register_forward_pre_hook(hook).remove)
             yield
-        finally:
-            setattr(dispatcher, name, original)
+
+    @staticmethod
+    def _pair() -> tuple[Callable[..., None], Callable[..., None]]:
+        import torch
+
+        begun: list[tuple[CopyEngine, int]] = []
+
+        def before(*_: Any) -> None:
+            if Pauses.engine is not None:
+                stream = torch.cuda.current_stream().cuda_stream if torch.cuda.is_available() else None
+                begun.append((Pauses.engine, Pauses.engine.pause(stream)))
+
+        def after(*_: Any) -> None:
+            while begun:
+                engine, pause = begun.pop()
+                engine.resume(pause)
+
+        return before, after

@@ -161,11 +161,10 @@ def test_copy_now_does_not_wait_behind_a_spread_ticket() -> None:
 def test_a_lost_resume_stops_nothing() -> None:
     source, target = pair(1000)
     with CopyEngine(chunk_bytes=10) as engine:
-        for _ in range(3):
-            engine.pause()
+        pauses = [engine.pause(stream) for stream in (None, 0, None)]
         assert engine.wait(submit(engine, source, target), 10.0)
-        for _ in range(4):
-            engine.resume()
+        for pause in (*pauses, pauses[0], 99):
+            engine.resume(pause)
     assert (source == target).all()
 
 

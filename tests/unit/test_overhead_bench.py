@@ -2,6 +2,7 @@
 
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.moevement import arguments
 from scripts.bench import overhead
-from scripts.bench.device_time import covered
+from scripts.bench.device_time import awaited, covered
 from scripts.bench.overhead_worker import Clock, Record
 
 
@@ -50,6 +52,17 @@ def test_a_transcript_is_measured_where_there_are_stages(monkeypatch: pytest.Mon
     parsed(monkeypatch, "--variants", "off,transcript,sparse", "--window", "auto")
 
 
+def test_experts_of_the_large_models_have_as_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    for model in ("16-experts", "32-experts", "64-experts"):
+        options = parsed(monkeypatch, "--model", model)
+        command = overhead.job_command(options, Path("text"), Path("raw.json"))
+        words = command[command.index(str(overhead.WORKER)) + 1 : command.index("--sparse-ckpt")]
+        config, _ = arguments.parse(words, environ={"WORLD_SIZE": "1"})
+        assert config.num_experts == int(model.partition("-")[0])
+        tokens = config.global_batch_size * config.seq_length
+        assert tokens * config.moe_router_topk == 4096 * config.num_experts
+
+
 def raw_of(blocks: dict[str, list[list[float]]], off_beside: dict[str, list[int]], **more: Any) -> dict[str, Any]:
     """What the ranks write."""
     return {
@@ -59,7 +72,7 @@ def raw_of(blocks: dict[str, list[list[float]]], off_beside: dict[str, list[int]
         "peak_device_mib": dict.fromkeys(blocks, 0.0),
         "slots": {},
         "transcript": {},
-        "profile": {"off": {"kernels": 3.0, "busy_seconds": 0.2, "idle_seconds": 0.1}},
+        "profile": {"off": {"kernels": 3.0, "busy_seconds": 0.2, "idle_seconds": 0.1, "awaited_seconds": 0.0}},
         "parameters": 1,
         "device": "CPU",
         "torch": "2",
@@ -172,3 +185,9 @@ def test_on_the_cpu_iterations_begin_and_end_together(monkeypatch: pytest.Monkey
 def test_time_that_spans_share_counts_once() -> None:
     assert covered([(0.0, 2.0), (1.0, 3.0), (5.0, 6.0), (5.2, 5.5)]) == 4.0
     assert covered([]) == 0.0
+
+
+def test_what_is_waited_for_before_small_copies() -> None:
+    spans = [(0.0, 2.0, False), (3.0, 3.1, True), (3.5, 5.0, False), (4.0, 4.1, True), (6.0, 7.0, False)]
+    assert awaited(spans[::-1]) == 1.0
+    assert awaited([(1.0, 2.0, True)]) == 0.0

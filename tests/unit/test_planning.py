@@ -106,7 +106,7 @@ def test_the_plan_is_said_in_words() -> None:
 
 def test_a_slot_that_only_just_fits_before_the_optimizer_step_makes_the_window_longer() -> None:
     largest = max(plan(2).slot_bytes)
-    tight, ample = (Measured(rate, 2.0, 1.0, CHUNKS, UNLIMITED) for rate in (largest * 1.01, largest * 1.2))
+    tight, ample = (Measured(rate, 2.0, 1.0, CHUNKS, UNLIMITED) for rate in (largest * 1.01, largest / COPY_TIME_USED))
     assert plan(None, ample).schedule.window == 2 < plan(None, tight).schedule.window
 
 

@@ -18,6 +18,7 @@ from moevement_ext import CopyEngine, DeviceDigests, DigestPool, EngineError, Ho
 MEASURE_BYTES_LIMIT = 256 << 20
 DIGEST_MEASURE_BYTES = 128 << 20
 REPEATS = 3
+EQUAL_RATES = 0.05
 TIMEOUT_SECONDS = 600.0
 
 
@@ -187,7 +188,8 @@ def choose_chunks(rates: Mapping[Chunks, float], awaited_copies: int, copy_secon
     """The candidate that costs an iteration least.
 
     A small copy waits for the chunk that is on the link, and no longer. That delay, of all of them together, and the
-    share of the link that is wasted are weighed against each other as shares of the iteration.
+    share of the link that is wasted are weighed against each other as shares of the iteration. Rates within 5% of the
+    best count as equal to it: so much they vary from one measurement to the next.
 
     Args:
         rates: bytes per second by candidate.
@@ -198,6 +200,6 @@ def choose_chunks(rates: Mapping[Chunks, float], awaited_copies: int, copy_secon
 
     def cost(chunks: Chunks) -> float:
         delay = awaited_copies * chunks.nbytes / rates[chunks] / copy_seconds if copy_seconds > 0 else 0.0
-        return delay + (1 - rates[chunks] / best if best < float("inf") else 0.0)
+        return delay + (max(0.0, 1 - EQUAL_RATES - rates[chunks] / best) if best < float("inf") else 0.0)
 
     return min(rates, key=lambda chunks: (cost(chunks), chunks.nbytes, chunks.in_flight))
