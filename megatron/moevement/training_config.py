@@ -222,7 +222,10 @@ class TrainingConfig:
     tensorboard_dir: str | None = flag(str, "folder of TensorBoard scalars", None)
     log_interval: int = flag(count, "iterations between log lines", 1)
     state_digest: str | None = flag(
-        str, "at the end, write digests of the whole training state to FILE.rank<r>.json", None
+        str,
+        "at the end, write digests of the whole training state, losses and norms to FILE.rank<r>.json; a process that "
+        "took over has those of the iterations that it ran or was told of",
+        None,
     )
 
     # Processes.

@@ -47,19 +47,19 @@ print('torch', torch.__version__, 'GPUs', torch.cuda.device_count(), 'NCCL', tor
     for one in $each; do
       case $one in
         build)
-          part build 90 "$python" setup.py build_ext --inplace
+          part build 70 "$python" setup.py build_ext --inplace
           "$python" -c "import moevement_ext; print(moevement_ext.build_info())" || { note "no extension: nothing can run"; exit 1; } ;;
         smoke)
           TAIL=60 part smoke 90 "$python" scripts/bench/smoke.py "$results/smoke.log" --device "$device" --seconds 75 ;;
         tests)
-          part tests 140 "$python" -m pytest -m gpu tests/gpu/test_local_recovery.py -q -s -p no:cacheprovider -k "$only" ;;
+          part tests 115 "$python" -m pytest -m gpu tests/gpu/test_local_recovery.py -q -s -p no:cacheprovider -k "$only" ;;
         overhead)
-          part overhead 170 "$python" scripts/bench/overhead.py --model "$overhead" --window 4 --scratch /dev/shm/moevement \
-            --variants off,transcript,sparse,sparse-transcript,dense-sync,dense-side,dcp --blocks 6 --block 3 \
-            --slow-iterations 2 --limit-seconds 140 --output "$results/overhead" ;;
+          part overhead 160 "$python" scripts/bench/overhead.py --model "$overhead" --window 4 --scratch /dev/shm/moevement \
+            --variants off,transcript,sparse,sparse-transcript,dense-sync,dense-side,dcp --blocks 3 --block 3 \
+            --slow-iterations 2 --limit-seconds 135 --output "$results/overhead" ;;
         recovery)
-          part recovery 220 "$python" scripts/bench/recovery.py --device "$device" --model "$model" --pipeline 2 \
-            --variants local,global,dense --modes rolling --repeat 1 --dense-interval 12 --timeout-seconds 72 --output "$results/recovery" ;;
+          part recovery 245 "$python" scripts/bench/recovery.py --device "$device" --model "$model" --pipeline 2 \
+            --variants local,global,dense --modes rolling --repeat 1 --dense-interval 12 --timeout-seconds 78 --output "$results/recovery" ;;
         *) note "unknown part $one"; exit 2 ;;
       esac
     done
