@@ -34,6 +34,7 @@ class Builder {
   // False when the piece must wait for the next chunk. `piece` has at most room() bytes.
   bool add(const CopyPiece& piece) {
     if (chunk_.pieces.size() == kMaxPiecesPerChunk) return false;
+    if (lacks_staging(piece)) return false;
     const bool joined = joins_last(piece);
     if (!joined && chunk_.runs.size() == kMaxRunsPerChunk) return false;
     if (writes_again(piece)) return false;
@@ -61,12 +62,22 @@ class Builder {
     return rules_.direction != Direction::other && rules_.staging_bytes != 0 && piece.bytes < kDirectBytes;
   }
 
-  bool joins_last(const CopyPiece& piece) const {
+  bool follows_last(const CopyPiece& piece) const {
     if (chunk_.runs.empty() || !small(piece) || !small(chunk_.pieces.back())) return false;
     const CopyPiece& last = chunk_.pieces.back();
+    return host_side(last, rules_.direction) + last.bytes == host_side(piece, rules_.direction);
+  }
+
+  bool fits_staging(const CopyPiece& piece) const {
     const Run& run = chunk_.runs.back();
-    return host_side(last, rules_.direction) + last.bytes == host_side(piece, rules_.direction) &&
-           run.staging + run.bytes + piece.bytes <= rules_.staging_bytes;
+    return run.staging + run.bytes + piece.bytes <= rules_.staging_bytes;
+  }
+
+  bool joins_last(const CopyPiece& piece) const { return follows_last(piece) && fits_staging(piece); }
+
+  // In the next chunk there is room to gather it; here it would be a copy of its own.
+  bool lacks_staging(const CopyPiece& piece) const {
+    return follows_last(piece) && chunk_.runs.back().gathered() && !fits_staging(piece);
   }
 
   // All pieces are scattered at once: which of two that write the same byte is the later one would be lost.

@@ -43,7 +43,8 @@ const char* state_name(TicketState state) {
 
 CopyEngine::CopyEngine(std::unique_ptr<CopyDevice> device, const EngineLimits& limits)
     : owner_(::getpid()), limits_(checked(limits)), device_(std::move(device)),
-      chunk_bytes_(limits.chunk_bytes), chunks_in_flight_(limits.chunks_in_flight), worker_([this] { run(); }) {}
+      chunk_bytes_(limits.chunk_bytes), chunks_in_flight_(limits.chunks_in_flight), growth_(limits.chunk_growth),
+      worker_([this] { run(); }) {}
 
 CopyEngine::~CopyEngine() { close(); }
 
@@ -196,27 +197,38 @@ void CopyEngine::hurry(std::uint64_t ticket) {
 std::uint64_t CopyEngine::pause(std::optional<std::uint64_t> stream) {
   require_owner();
   std::shared_ptr<Fence> fence = stream ? device_->mark(*stream) : nullptr;
+  std::shared_ptr<Fence> dropped;  // is given back to the device without the lock
   const Lock lock(mutex_);
-  if (pauses_.size() == kMostPauses) pauses_.pop_front();
-  pauses_.push_back({++last_pause_, std::move(fence), Clock::now() + kLongestPause});
+  const auto is_over = [now = Clock::now()](const Pause& one) { return !one.fence && one.end <= now; };
+  pauses_.erase(std::remove_if(pauses_.begin(), pauses_.end(), is_over), pauses_.end());
+  if (pauses_.size() == kMostPauses) {
+    dropped = std::move(pauses_.front().fence);
+    pauses_.pop_front();
+  }
+  pauses_.push_back({++last_pause_, std::move(fence), longest_pause()});
   return last_pause_;
 }
 
 void CopyEngine::resume(std::uint64_t pause) {
   require_owner();
+  std::shared_ptr<Fence> dropped;
   const Lock lock(mutex_);
-  pauses_.erase(std::remove_if(pauses_.begin(), pauses_.end(), [&](const Pause& one) { return one.id == pause; }),
-                pauses_.end());
+  const auto found = std::find_if(pauses_.begin(), pauses_.end(), [&](const Pause& one) { return one.id == pause; });
+  if (found == pauses_.end()) return;
+  dropped = std::move(found->fence);
+  pauses_.erase(found);
   notify_worker();
 }
 
-void CopyEngine::set_chunks(std::uint64_t chunk_bytes, std::size_t chunks_in_flight, std::size_t growth) {
+void CopyEngine::set_chunks(std::uint64_t chunk_bytes, std::size_t chunks_in_flight,
+                            std::optional<std::size_t> growth) {
   require_owner();
-  check_chunks(chunk_bytes, chunks_in_flight, std::max(limits_.max_chunk_bytes, limits_.chunk_bytes), growth);
+  const std::size_t times = growth.value_or(limits_.chunk_growth);
+  check_chunks(chunk_bytes, chunks_in_flight, std::max(limits_.max_chunk_bytes, limits_.chunk_bytes), times);
   const Lock lock(mutex_);
   chunk_bytes_ = chunk_bytes;
   chunks_in_flight_ = chunks_in_flight;
-  growth_ = growth;
+  growth_ = times;
   notify_worker();
 }
 

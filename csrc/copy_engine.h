@@ -76,15 +76,16 @@ class CopyEngine {
   // paused any more, and may have more chunks in flight. Nothing happens to a finished one. Throws UnknownTicket.
   void hurry(std::uint64_t ticket);
   // A small copy of somebody else will be awaited: tickets of priority 0 that nobody waits for start no chunk until
-  // resume(), or for 5 ms: a lost resume must not stop snapshots. The pause begins at once, or, with a stream, when the
-  // device is through with what the stream was given so far. Pauses may overlap. Returns what resume() takes, which does
-  // nothing for a pause that is over.
+  // resume(), or for longest_pause_seconds: a lost resume must not stop snapshots. The pause begins at once, or, with a
+  // stream, when the device is through with what the stream was given so far. Pauses may overlap. Returns what resume()
+  // takes, which does nothing for a pause that is over.
   std::uint64_t pause(std::optional<std::uint64_t> stream = std::nullopt);
   void resume(std::uint64_t pause);
-  // For chunks started from now on. `growth`: chunks become up to so many times larger while the link runs dry, because
-  // the worker comes too late with the next one; they are small again after a pause and in the next ticket.
-  // Throws std::invalid_argument.
-  void set_chunks(std::uint64_t chunk_bytes, std::size_t chunks_in_flight, std::size_t growth = kChunkGrowth);
+  // For chunks started from now on. `growth`, by default the limit chunk_growth: a ticket's chunks become up to so many
+  // times larger while the link runs dry, because the worker comes too late with the next one; they become smaller while
+  // it doesn't, and are small again after a pause. Throws std::invalid_argument.
+  void set_chunks(std::uint64_t chunk_bytes, std::size_t chunks_in_flight,
+                  std::optional<std::size_t> growth = std::nullopt);
 
   // Pins host memory until it is unregistered or the engine closes; false on the CPU. Throw EngineError.
   bool register_host(std::uint64_t address, std::uint64_t nbytes);
@@ -103,7 +104,6 @@ class CopyEngine {
  private:
   using Clock = std::chrono::steady_clock;
   using Lock = std::unique_lock<std::mutex>;
-  static constexpr auto kLongestPause = std::chrono::milliseconds(5);
 
   // Guarded by the lock, except what is the worker's own.
   struct Ticket {
@@ -126,6 +126,8 @@ class CopyEngine {
     std::optional<Direction> direction;
     std::optional<Clock::time_point> spread_until;  // its last chunk is due then
     Clock::time_point next_at{};    // when the spreading allows the next chunk
+    std::size_t grown = 1;          // how many times larger its chunks are
+    std::size_t in_time = 0;        // chunks since then that were started while the link was busy
   };
   using TicketRef = std::shared_ptr<Ticket>;
   struct Flight {
@@ -156,7 +158,8 @@ class CopyEngine {
   void fail_engine(const std::string& error);
   void drop_cancelled();
   std::vector<TicketRef> heads() const;
-  Clock::time_point pause_end(Clock::time_point now);
+  Clock::time_point pause_end(Clock::time_point now) const;
+  Clock::time_point longest_pause() const;
   std::size_t burst() const;
   std::uint64_t staging_share() const;
 
@@ -192,7 +195,7 @@ class CopyEngine {
   std::size_t unfinished_ = 0;
   std::uint64_t chunk_bytes_;
   std::size_t chunks_in_flight_;
-  std::size_t growth_ = kChunkGrowth;
+  std::size_t growth_;
   std::deque<Pause> pauses_;  // oldest first
   std::uint64_t last_pause_ = 0;
   bool closing_ = false;
@@ -200,7 +203,6 @@ class CopyEngine {
   // Worker thread only.
   std::deque<Flight> flights_;  // oldest first
   std::size_t next_slot_ = 0;
-  std::size_t grown_ = 1;  // times
   Clock::time_point next_copy_at_{};
   std::thread worker_;
 };

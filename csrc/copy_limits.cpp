@@ -47,7 +47,8 @@ void check_chunks(std::uint64_t chunk_bytes, std::size_t chunks_in_flight, std::
 }
 
 void check_limits(const EngineLimits& limits) {
-  check_chunks(limits.chunk_bytes, limits.chunks_in_flight, kLargestChunkBytes);
+  check_chunks(limits.chunk_bytes, limits.chunks_in_flight, kLargestChunkBytes, limits.chunk_growth);
+  require(is_seconds(limits.longest_pause_seconds), "longest_pause_seconds must be 0 to 1e8", MOEVEMENT_HERE);
   require(limits.max_chunk_bytes >= 1 && limits.max_chunk_bytes <= kLargestChunkBytes,
           "max_chunk_bytes must be 1 to 2^30", MOEVEMENT_HERE);
   require(limits.burst_chunks_in_flight <= kMaxChunksInFlight, "burst_chunks_in_flight must be 0 to 64",

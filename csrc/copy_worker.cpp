@@ -17,6 +17,8 @@ constexpr auto kFencePollEvery = std::chrono::microseconds(50);
 // Descriptors hold 32-bit offsets.
 constexpr std::uint64_t kMaxStagingShare = std::uint64_t{1} << 31;
 constexpr std::size_t kMaxNamedGroups = 4;
+// A training that lets the engine's thread in again, or has small copies, is to meet small chunks soon.
+constexpr std::size_t kShrinkAfter = 8;
 
 // The names of the groups that have bytes between `begin` and `end`, as the start of an error.
 template <typename Groups>
@@ -97,7 +99,7 @@ std::vector<CopyEngine::TicketRef> CopyEngine::heads() const {
 }
 
 // Caller holds the lock. When the last of the pauses that have begun ends by itself; `now` when there is none.
-CopyEngine::Clock::time_point CopyEngine::pause_end(Clock::time_point now) {
+CopyEngine::Clock::time_point CopyEngine::pause_end(Clock::time_point now) const {
   auto end = now;
   for (const Pause& pause : pauses_) {
     if (!pause.fence) end = std::max(end, pause.end);
@@ -155,21 +157,35 @@ bool CopyEngine::step() {
   return true;
 }
 
+CopyEngine::Clock::time_point CopyEngine::longest_pause() const {
+  return Clock::now() + duration_of(limits_.longest_pause_seconds);
+}
+
 // Begins the pauses whose streams have come to them.
 void CopyEngine::begin_pauses() {
-  while (true) {
-    std::shared_ptr<Fence> fence;
-    {
-      const Lock lock(mutex_);
-      const auto next = std::find_if(pauses_.begin(), pauses_.end(), [](const Pause& pause) { return !!pause.fence; });
-      if (next == pauses_.end()) return;
-      fence = next->fence;
-    }
-    // Without the lock, as for tickets.
-    if (!fence->passed()) return;
+  std::vector<std::pair<std::uint64_t, std::shared_ptr<Fence>>> waiting;
+  {
     const Lock lock(mutex_);
-    for (Pause& pause : pauses_) {
-      if (pause.fence == fence) pause = {pause.id, nullptr, Clock::now() + kLongestPause};
+    for (const Pause& pause : pauses_) {
+      if (pause.fence) waiting.emplace_back(pause.id, pause.fence);
+    }
+  }
+  for (const auto& [id, fence] : waiting) {
+    bool lost = false;
+    try {
+      // Without the lock, as for tickets.
+      if (!fence->passed()) continue;
+    } catch (const EngineError&) {
+      // No copy fails for a hint. What ended the device, if anything did, the next copy meets.
+      lost = true;
+    }
+    const Lock lock(mutex_);
+    const auto here = std::find_if(pauses_.begin(), pauses_.end(), [id = id](const Pause& one) { return one.id == id; });
+    if (here == pauses_.end()) continue;
+    if (lost) {
+      pauses_.erase(here);
+    } else {
+      *here = {id, nullptr, longest_pause()};
     }
   }
 }
@@ -177,14 +193,16 @@ void CopyEngine::begin_pauses() {
 // Whether the ticket may start a chunk now; else `wake` is brought forward to when it is to be asked again.
 bool CopyEngine::ready(Ticket& ticket, Clock::time_point& wake) {
   std::shared_ptr<Fence> fence;
+  bool pausable = false;
   {
     const Lock lock(mutex_);
     if (is_finished(ticket)) return false;
     fence = ticket.fence;
+    pausable = ticket.priority == 0 && !ticket.hurried && !pauses_.empty();
   }
   // Without the lock: a device that is busy for others must not hold up who only asks for a state.
   const bool passed = !fence || fence->passed();
-  if (passed && ticket.priority == 0) begin_pauses();
+  if (passed && pausable) begin_pauses();
   const Lock lock(mutex_);
   const auto now = Clock::now();
   auto at = next_copy_at_;
@@ -195,7 +213,7 @@ bool CopyEngine::ready(Ticket& ticket, Clock::time_point& wake) {
     if (!ticket.hurried) {
       at = std::max(at, ticket.next_at);
       const auto resumed = ticket.priority == 0 ? pause_end(now) : now;
-      if (resumed > now) grown_ = 1;
+      if (resumed > now) ticket.grown = 1;
       at = std::max(at, resumed);
     }
   }
@@ -236,10 +254,14 @@ bool CopyEngine::has_room(const Ticket& ticket) {
 // Whether the link has nothing to do, although there are chunks to start: beside a training that launches far ahead the
 // driver can keep this thread waiting in each of its calls, so that fewer and larger chunks are needed.
 bool CopyEngine::ran_dry() {
+  {
+    const Lock lock(mutex_);
+    if (growth_ == 1) return false;
+  }
   try {
     return !flights_.empty() && device_->over(flights_.back().slot);
   } catch (const EngineError&) {
-    // Whoever finishes the chunk meets the error as well, and knows whose it is.
+    // Whoever starts or finishes the next chunk meets the error as well.
     return false;
   }
 }
@@ -253,16 +275,16 @@ std::optional<ChunkRules> CopyEngine::begin_chunk(Ticket& ticket, bool dry) {
     ticket.started = Clock::now();
     ticket.next_at = ticket.started;
     ticket.has_started = true;
-    grown_ = 1;
-  } else if (dry) {
-    grown_ = std::min(2 * grown_, growth_);
+  } else if (dry || ++ticket.in_time == kShrinkAfter) {
+    ticket.grown = std::clamp<std::size_t>(dry ? 2 * ticket.grown : ticket.grown / 2, 1, growth_);
+    ticket.in_time = 0;
   }
   if (ticket.total_bytes == 0) {
     pending_.erase(key(ticket));
     settle(ticket);
     return std::nullopt;
   }
-  return ChunkRules{chunk_bytes_ * std::min(grown_, growth_), staging_share(), Direction::other};
+  return ChunkRules{chunk_bytes_ * std::min(ticket.grown, growth_), staging_share(), Direction::other};
 }
 
 // Sets when the next chunk of the ticket, and of any ticket, may start.
@@ -296,7 +318,7 @@ bool CopyEngine::finish_oldest() {
   return true;
 }
 
-// Ends the ticket, and with `doubt_others` all that have chunks in flight. False when the engine is over.
+// Ends the ticket, and with `doubt_others`, or when the device is lost, all that have chunks in flight. False when the engine is over.
 bool CopyEngine::fail(const TicketRef& ticket, const std::string& error, bool doubt_others) {
   device_->drain();
   const bool usable = device_->usable();
@@ -310,7 +332,7 @@ bool CopyEngine::fail(const TicketRef& ticket, const std::string& error, bool do
   for (const Flight& flight : flights) {
     flight.ticket->copied += flight.bytes;
     --flight.ticket->in_flight;
-    if (doubt_others) end(*flight.ticket);
+    if (doubt_others || !usable) end(*flight.ticket);
   }
   end(*ticket);
   for (const Flight& flight : flights) settle(*flight.ticket);

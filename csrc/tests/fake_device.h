@@ -22,6 +22,7 @@ namespace moevement {
 struct Script {
   std::atomic<bool> fence_open{true};
   std::atomic<std::uint64_t> shut_stream{0};  // fences of this stream do not pass; 0: none
+  std::atomic<std::uint64_t> broken_stream{0};  // asking for fences of this stream fails; 0: none
   std::atomic<int> fail_at_chunk{-1};         // counted over all chunks
   std::atomic<int> fail_at_finish{-1};
   std::atomic<bool> sticky{false};
@@ -38,14 +39,22 @@ struct Script {
     const std::lock_guard<std::mutex> lock(mutex);
     return log;
   }
+  std::vector<std::uint64_t> sizes() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    return bytes;
+  }
   std::mutex mutex;
-  std::vector<std::uint64_t> log;  // source of each chunk's first piece
+  std::vector<std::uint64_t> log;    // source of each chunk's first piece
+  std::vector<std::uint64_t> bytes;  // of each chunk
 };
 
 class FakeFence final : public Fence {
  public:
   FakeFence(Script& script, std::uint64_t stream) : script_(script), stream_(stream) {}
-  bool passed() override { return script_.fence_open && (stream_ == 0 || script_.shut_stream != stream_); }
+  bool passed() override {
+    if (stream_ != 0 && script_.broken_stream == stream_) throw EngineError("planted error of a fence");
+    return script_.fence_open && (stream_ == 0 || script_.shut_stream != stream_);
+  }
 
  private:
   Script& script_;
@@ -66,6 +75,7 @@ class FakeDevice final : public CopyDevice {
     {
       const std::lock_guard<std::mutex> lock(script_.mutex);
       script_.log.push_back(chunk.pieces.front().source);
+      script_.bytes.push_back(chunk.bytes);
     }
     if (script_.started++ == script_.fail_at_chunk) {
       broken_ = script_.sticky;

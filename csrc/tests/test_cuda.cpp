@@ -114,6 +114,30 @@ void copies_wait_for_the_stream_and_can_be_cancelled_meanwhile() {
   CUDA(cudaStreamDestroy(stream));
 }
 
+void a_pause_begins_where_its_stream_is() {
+  const std::size_t nbytes = 1 << 20;
+  EngineLimits limits;
+  limits.longest_pause_seconds = 60;
+  const auto owner = make_engine(limits);
+  CopyEngine& engine = *owner;
+  const auto host = region(nbytes);
+  const DeviceMemory device(nbytes);
+  cudaStream_t stream = nullptr;
+  CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  Gate gate;
+  CUDA(cudaLaunchHostFunc(stream, hold_stream, &gate));
+  const auto pause = engine.pause(address(stream));
+  const auto copy = [&] { return engine.submit({{address(device.get()), host->address(), nbytes}}, 0, ""); };
+  const bool before = engine.wait(copy(), 60);
+  gate.open = true;
+  CUDA(cudaStreamSynchronize(stream));
+  const auto held = copy();
+  const bool meanwhile = engine.wait(held, 0.1);
+  engine.resume(pause);
+  CHECK(before && !meanwhile && engine.wait(held, 60));
+  CUDA(cudaStreamDestroy(stream));
+}
+
 void an_error_stays_with_its_ticket() {
   auto engine = make_engine();
   const DeviceMemory device(4096);
@@ -297,7 +321,7 @@ void small_copies_stay_quick() {
   CHECK(engine->register_host(host->address(), nbytes));
   std::printf("     4 bytes read back: %.0f us alone", read_back_seconds(device, pinned, stream) * 1e6);
   for (const std::uint64_t mib : {1, 4, 16}) {
-    engine->set_chunks(mib << 20, 2);
+    engine->set_chunks(mib << 20, 2, 1);
     const auto bulk = engine->submit(long_batch(device, host->address(), nbytes), 0, "bulk");
     while (engine->stats(bulk).bytes == 0) std::this_thread::yield();
     const double seconds = read_back_seconds(device, pinned, stream);
@@ -377,7 +401,7 @@ int main(int count, char** arguments) {
   quick = count > 1 && std::string(arguments[1]) == "--quick";
   const int failed = RUN(round_trip_through_shared_memory) +
                      RUN(copies_wait_for_the_stream_and_can_be_cancelled_meanwhile) +
-                     RUN(an_error_stays_with_its_ticket) +
+                     RUN(a_pause_begins_where_its_stream_is) + RUN(an_error_stays_with_its_ticket) +
                      RUN(pieces_of_neighbouring_allocations_are_copied) + RUN(gather_and_scatter_are_right) +
                      RUN(a_higher_priority_overtakes) + RUN(small_copies_stay_quick) + RUN(bandwidth_of_small_pieces) +
                      RUN(bandwidth) + test_cuda_digests(quick);

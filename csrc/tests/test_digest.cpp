@@ -121,6 +121,9 @@ void many_threads_submit_wait_and_cancel() {
           if (pool.wait(ticket, 60) != expected(range) + expected(range)) ++wrong;
         } catch (const EngineError&) {
           std::this_thread::yield();
+        } catch (const UnknownTicket&) {
+          // The others finished so many meanwhile that the record is dropped.
+          std::this_thread::yield();
         }
       }
     });

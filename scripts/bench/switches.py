@@ -20,8 +20,6 @@ MOST_RANGES = 100_000
 _PRIORITY_PLACE = 5
 # What DeviceDigests has by default.
 DEVICE_BLOCKS = 64
-# What CopyEngine has by default.
-CHUNK_GROWTH = 8
 
 
 class SwitchedPool(DigestPool):
@@ -108,12 +106,12 @@ class SwitchedEngine(CopyEngine):
         self.own_chunks: tuple[int, int] = (limits["chunk_bytes"], limits["chunks_in_flight"])
         SwitchedEngine.made.append(self)
 
-    def set_chunks(self, chunk_bytes: int, chunks_in_flight: int, growth: int = CHUNK_GROWTH) -> None:
+    def set_chunks(self, chunk_bytes: int, chunks_in_flight: int, growth: int | None = None) -> None:
         """Sets chunks, as the calibration does, and remembers them."""
         self.own_chunks = (chunk_bytes, chunks_in_flight)
         self.set_switched(chunk_bytes, chunks_in_flight, growth)
 
-    def set_switched(self, chunk_bytes: int, chunks_in_flight: int, growth: int = CHUNK_GROWTH) -> None:
+    def set_switched(self, chunk_bytes: int, chunks_in_flight: int, growth: int | None = None) -> None:
         """Sets chunks until somebody else does."""
         super().set_chunks(chunk_bytes, chunks_in_flight, growth)
 
@@ -153,9 +151,10 @@ class Switched:
         self._blocks = int(words["blocks"]) if "blocks" in words else None
         size, _, flight = words["chunks"].partition("x") if "chunks" in words else ("", "", "")
         self._chunks = (int(float(size) * MIB), int(flight)) if size else None
-        self._growth = int(words.get("growth", CHUNK_GROWTH))
-        self._spread, self._pauses = float(words.get("spread", 0)), "pauses" in words
-        self._copies = {"on": True, "off": False}[words.get("copies", "on")]
+        self._growth = int(words["growth"]) if "growth" in words else None
+        self._spread = float(words.get("spread", 0))
+        on_or_off = {"on": True, "": True, "off": False}
+        self._pauses, self._copies = on_or_off[words.get("pauses", "off")], on_or_off[words.get("copies", "on")]
         self._seconds: deque[float] = deque(maxlen=5)
         self._started = 0.0
 
