@@ -223,8 +223,8 @@ class TrainingConfig:
     log_interval: int = flag(count, "iterations between log lines", 1)
     state_digest: str | None = flag(
         str,
-        "at the end, write digests of the whole training state, losses and norms to FILE.rank<r>.json; a process that "
-        "took over has those of the iterations that it ran or was told of",
+        "at the end, write digests of the whole training state, losses and norms to FILE.rank00000.json and so on; a "
+        "process that took over has those of the iterations that it ran or was told of",
         None,
     )
 

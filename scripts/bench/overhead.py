@@ -169,7 +169,7 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
 
     def refuse(text: str) -> NoReturn:
-        parser.exit(2, f"overhead.py: {text}\n")
+        parser.exit(2, f"overhead.py: error: {text}\n")
 
     counted = options.blocks * (options.block - 1) if min(options.blocks, options.block) > 0 else 0
     # Quartiles need two.
@@ -183,8 +183,10 @@ def parse() -> argparse.Namespace:
     except OSError as error:
         refuse(f"--output {options.output}: {error.strerror}; choose another directory")
     unknown = {name for name in names if name.partition(":")[0] not in LABELS}
-    if unknown or "off" not in names:
-        refuse(f"--variants {options.variants}: 'off' and any of {', '.join(LABELS)}")
+    if unknown:
+        refuse(f"--variants {options.variants}: {min(unknown)} is unknown: give 'off' and any of {', '.join(LABELS)}")
+    if "off" not in names:
+        refuse(f"--variants {options.variants}: 'off' is missing, which all others are compared with")
     for name in names:
         if ":" in name and name.partition(":")[0] not in SWITCHED:
             refuse(f"--variants {name}: only {' and '.join(SWITCHED)} have switches")
