@@ -4,8 +4,10 @@
 int test_chunking();
 int test_engine();
 int test_schedule();
+int test_pace();
 int test_region();
 int test_digest();
 int test_leaf_digest();
 // On a GPU, part of test_cuda.
 int test_cuda_digests(bool quick);
+int test_cuda_pace();

@@ -41,4 +41,22 @@ inline void until(const std::function<bool()>& condition) {
   CHECK(condition());
 }
 
+// A ticket of `count` chunks of 4 bytes; `mine` tells its chunks from others in the script's log.
+struct Batch {
+  explicit Batch(std::size_t chunks) : from(4 * chunks, 7), to(4 * chunks, 0) {}
+  std::uint64_t submit(CopyEngine& engine, SubmitOptions options = {}, std::uint64_t stream = 0) {
+    return engine.submit({piece(from, to)}, stream, "", std::move(options));
+  }
+  bool mine(std::uint64_t source) const {
+    return source >= address(from.data()) && source < address(from.data()) + from.size();
+  }
+  Bytes from, to;
+};
+
+inline SubmitOptions priority(int value) {
+  SubmitOptions options;
+  options.priority = value;
+  return options;
+}
+
 }  // namespace moevement

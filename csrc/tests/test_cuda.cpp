@@ -114,30 +114,6 @@ void copies_wait_for_the_stream_and_can_be_cancelled_meanwhile() {
   CUDA(cudaStreamDestroy(stream));
 }
 
-void a_pause_begins_where_its_stream_is() {
-  const std::size_t nbytes = 1 << 20;
-  EngineLimits limits;
-  limits.longest_pause_seconds = 60;
-  const auto owner = make_engine(limits);
-  CopyEngine& engine = *owner;
-  const auto host = region(nbytes);
-  const DeviceMemory device(nbytes);
-  cudaStream_t stream = nullptr;
-  CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-  Gate gate;
-  CUDA(cudaLaunchHostFunc(stream, hold_stream, &gate));
-  const auto pause = engine.pause(address(stream));
-  const auto copy = [&] { return engine.submit({{address(device.get()), host->address(), nbytes}}, 0, ""); };
-  const bool before = engine.wait(copy(), 60);
-  gate.open = true;
-  CUDA(cudaStreamSynchronize(stream));
-  const auto held = copy();
-  const bool meanwhile = engine.wait(held, 0.1);
-  engine.resume(pause);
-  CHECK(before && !meanwhile && engine.wait(held, 60));
-  CUDA(cudaStreamDestroy(stream));
-}
-
 void an_error_stays_with_its_ticket() {
   auto engine = make_engine();
   const DeviceMemory device(4096);
@@ -401,9 +377,9 @@ int main(int count, char** arguments) {
   quick = count > 1 && std::string(arguments[1]) == "--quick";
   const int failed = RUN(round_trip_through_shared_memory) +
                      RUN(copies_wait_for_the_stream_and_can_be_cancelled_meanwhile) +
-                     RUN(a_pause_begins_where_its_stream_is) + RUN(an_error_stays_with_its_ticket) +
+                     RUN(an_error_stays_with_its_ticket) +
                      RUN(pieces_of_neighbouring_allocations_are_copied) + RUN(gather_and_scatter_are_right) +
                      RUN(a_higher_priority_overtakes) + RUN(small_copies_stay_quick) + RUN(bandwidth_of_small_pieces) +
-                     RUN(bandwidth) + test_cuda_digests(quick);
+                     RUN(bandwidth) + test_cuda_pace() + test_cuda_digests(quick);
   return failed == 0 ? 0 : 1;
 }

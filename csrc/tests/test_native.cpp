@@ -2,7 +2,7 @@
 #include "suites.h"
 
 int main() {
-  const int failed = test_chunking() + test_engine() + test_schedule() + test_region() + test_digest() +
+  const int failed = test_chunking() + test_engine() + test_schedule() + test_pace() + test_region() + test_digest() +
                      test_leaf_digest();
   return failed == 0 ? 0 : 1;
 }

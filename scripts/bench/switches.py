@@ -200,25 +200,26 @@ class Pauses:
         with contextlib.ExitStack() as stack:
             for layer in (module for chunk in chunks for module in chunk.modules() if hasattr(module, "mlp")):
                 if hasattr(layer.mlp, "experts"):
-                    before, after = Pauses._pair()
+                    before, after = _pair_of_hooks()
                     for module, hook in ((layer.pre_mlp_layernorm, before), (layer.mlp.experts, after)):
                         stack.callback(module.register_forward_pre_hook(hook).remove)
             yield
 
-    @staticmethod
-    def _pair() -> tuple[Callable[..., None], Callable[..., None]]:
-        import torch
 
-        begun: list[tuple[CopyEngine, int]] = []
+def _pair_of_hooks() -> tuple[Callable[..., None], Callable[..., None]]:
+    """Of one layer: what begins a pause, and what ends it."""
+    import torch
 
-        def before(*_: Any) -> None:
-            if Pauses.engine is not None:
-                stream = torch.cuda.current_stream().cuda_stream if torch.cuda.is_available() else None
-                begun.append((Pauses.engine, Pauses.engine.pause(stream)))
+    begun: list[tuple[CopyEngine, int]] = []
 
-        def after(*_: Any) -> None:
-            while begun:
-                engine, pause = begun.pop()
-                engine.resume(pause)
+    def before(*_: Any) -> None:
+        if Pauses.engine is not None:
+            stream = torch.cuda.current_stream().cuda_stream if torch.cuda.is_available() else None
+            begun.append((Pauses.engine, Pauses.engine.pause(stream)))
 
-        return before, after
+    def after(*_: Any) -> None:
+        while begun:
+            engine, pause = begun.pop()
+            engine.resume(pause)
+
+    return before, after

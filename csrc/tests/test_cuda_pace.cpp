@@ -1,0 +1,53 @@
+// A pause of the copy engine that begins where a stream on a GPU is.
+#include <cuda_runtime_api.h>
+
+#include <atomic>
+#include <chrono>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "copy_engine.h"
+#include "suites.h"
+
+using namespace moevement;
+
+namespace {
+
+#define CUDA(call) CHECK((call) == cudaSuccess)
+
+std::uint64_t address(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer); }
+
+void CUDART_CB hold(void* gate) {
+  while (!*static_cast<std::atomic<bool>*>(gate)) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+}
+
+void a_pause_begins_where_its_stream_is() {
+  const std::size_t nbytes = 1 << 20;
+  EngineLimits limits;
+  limits.longest_pause_seconds = 60;
+  CopyEngine engine(make_cuda_device(0, 0), limits);
+  std::vector<unsigned char> host(nbytes);
+  void* device = nullptr;
+  cudaStream_t stream = nullptr;
+  CUDA(cudaMalloc(&device, nbytes));
+  CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  std::atomic<bool> gate{false};
+  CUDA(cudaLaunchHostFunc(stream, hold, &gate));
+  const auto pause = engine.pause(address(stream));
+  const auto copy = [&] { return engine.submit({{address(device), address(host.data()), nbytes}}, 0, ""); };
+  const bool before = engine.wait(copy(), 60);
+  gate = true;
+  CUDA(cudaStreamSynchronize(stream));
+  const auto held = copy();
+  const bool meanwhile = engine.wait(held, 0.1);
+  engine.resume(pause);
+  CHECK(before && !meanwhile && engine.wait(held, 60));
+  CUDA(cudaStreamDestroy(stream));
+  CUDA(cudaFree(device));
+}
+
+}  // namespace
+
+int test_cuda_pace() { return RUN(a_pause_begins_where_its_stream_is); }
