@@ -185,7 +185,8 @@ device: 'cpu' or 'cuda'. chunk_bytes: bytes a chunk. chunks_in_flight: chunks st
 max_queued_tickets: unfinished tickets, running ones included. max_finished_tickets: finished tickets that can
 still be asked for; older ones are dropped. bytes_per_second_limit: 0 is none. burst_chunks_in_flight: chunks in flight
 for hurried tickets, if that is more than chunks_in_flight (64 at most). max_chunk_bytes: the most that set_chunks may ask for; a
-larger chunk_bytes raises it. chunk_growth: see set_chunks; 1 is none. gather_bytes_limit: device memory through which small pieces travel together, 0 is none.
+larger chunk_bytes raises it. chunk_growth: see set_chunks; 1 is none. gather_bytes_limit: device memory through which
+small pieces travel together, 0 is none.
 copy_streams: CUDA streams on which chunks take turns (1 to 8), each chunk behind the one before; with one only, other
 copies of the process can be held up until the engine is idle.
 Raises ValueError for limits out of range, EngineError when 'cuda' is asked for and there is none.

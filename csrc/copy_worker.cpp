@@ -318,7 +318,8 @@ bool CopyEngine::finish_oldest() {
   return true;
 }
 
-// Ends the ticket, and with `doubt_others`, or when the device is lost, all that have chunks in flight. False when the engine is over.
+// Ends the ticket, and with `doubt_others`, or when the device is lost, all that have chunks in flight. False when the
+// engine is over.
 bool CopyEngine::fail(const TicketRef& ticket, const std::string& error, bool doubt_others) {
   device_->drain();
   const bool usable = device_->usable();

@@ -1,6 +1,5 @@
 // The copy engine on a GPU: contents both ways, gathered or not, the fence on a stream, pinned shared memory, errors,
 // priorities, latency, bandwidth. With --quick, sizes are small enough for a tool that watches every access.
-#include <cuda_runtime_api.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -13,18 +12,14 @@
 #include <thread>
 #include <vector>
 
-#include "check.h"
 #include "copy_engine.h"
 #include "host_region.h"
+#include "on_cuda.h"
 #include "suites.h"
 
 using namespace moevement;
 
 namespace {
-
-#define CUDA(call) CHECK((call) == cudaSuccess)
-
-std::uint64_t address(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer); }
 
 class DeviceMemory {
  public:
@@ -83,14 +78,6 @@ void round_trip_through_shared_memory() {
   CHECK(!engine->unregister_host(host->address()));
 }
 
-struct Gate {
-  std::atomic<bool> open{false};
-};
-
-void CUDART_CB hold_stream(void* gate) {
-  while (!static_cast<Gate*>(gate)->open) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-}
-
 void copies_wait_for_the_stream_and_can_be_cancelled_meanwhile() {
   const std::size_t nbytes = 9 << 20;
   auto engine = make_engine();
@@ -100,14 +87,14 @@ void copies_wait_for_the_stream_and_can_be_cancelled_meanwhile() {
   cudaStream_t stream = nullptr;
   CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   CUDA(cudaDeviceSynchronize());
-  Gate gate;
-  CUDA(cudaLaunchHostFunc(stream, hold_stream, &gate));
+  std::atomic<bool> gate{false};
+  CUDA(cudaLaunchHostFunc(stream, hold, &gate));
   CUDA(cudaMemsetAsync(device.get(), 2, nbytes, stream));
   const auto dropped = engine->submit({{address(device.get()), host->address(), nbytes}}, address(stream), "");
   const auto kept = engine->submit({{address(device.get()), host->address() + nbytes, nbytes}}, address(stream), "");
   const bool early = engine->wait(dropped, 0.1);
   const bool cancelled = engine->cancel(dropped);
-  gate.open = true;
+  gate = true;
   CHECK(!early && cancelled && engine->wait(kept, 60));
   const auto* bytes = reinterpret_cast<const unsigned char*>(host->address());
   for (std::size_t index = 0; index < nbytes; ++index) CHECK(bytes[index] == 0 && bytes[nbytes + index] == 2);

@@ -1,6 +1,4 @@
 // Digests on a GPU against those of the host: random ranges, misaligned ones, the fence on a stream, beside a bulk copy.
-#include <cuda_runtime_api.h>
-
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -10,20 +8,16 @@
 #include <thread>
 #include <vector>
 
-#include "check.h"
 #include "copy_engine.h"
 #include "device_digests.h"
+#include "on_cuda.h"
 #include "suites.h"
 
 using namespace moevement;
 
 namespace {
 
-#define CUDA(call) CHECK((call) == cudaSuccess)
-
 bool quick = false;
-
-std::uint64_t address(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer); }
 
 // The same random bytes on the device and on the host.
 class Twin {
@@ -103,10 +97,6 @@ void every_alignment_and_a_flipped_bit() {
   for (std::size_t index = 0; index < there.size(); ++index) {
     CHECK(found.compare(16 * index, 16, wanted, 16 * index, 16) != 0);
   }
-}
-
-void CUDART_CB hold(void* gate) {
-  while (!*static_cast<std::atomic<bool>*>(gate)) std::this_thread::sleep_for(std::chrono::milliseconds(1));
 }
 
 void digests_wait_for_the_stream() {

@@ -1,27 +1,14 @@
 // A pause of the copy engine that begins where a stream on a GPU is.
-#include <cuda_runtime_api.h>
-
 #include <atomic>
-#include <chrono>
-#include <memory>
-#include <thread>
 #include <vector>
 
-#include "check.h"
 #include "copy_engine.h"
+#include "on_cuda.h"
 #include "suites.h"
 
 using namespace moevement;
 
 namespace {
-
-#define CUDA(call) CHECK((call) == cudaSuccess)
-
-std::uint64_t address(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer); }
-
-void CUDART_CB hold(void* gate) {
-  while (!*static_cast<std::atomic<bool>*>(gate)) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-}
 
 void a_pause_begins_where_its_stream_is() {
   const std::size_t nbytes = 1 << 20;
