@@ -92,7 +92,7 @@ void bind_device_digests(py::module_& module) {
 
 device: 'cuda', whose kernel runs on a stream of its own, or 'cpu', which digests host memory at submit with the same
 code. One batch at a time, of up to ranges_limit ranges of bytes_limit bytes together: memory for it is taken at once,
-that of the device (device_bytes) and pinned host memory. blocks: blocks of 256 threads on the GPU, 1 to 65535.
+that of the device (device_bytes) and pinned host memory. blocks: blocks of 1024 threads on the GPU, 1 to 65535.
 Raises ValueError for limits out of range, EngineError when 'cuda' is asked for and there is none, or no nvcc was there.
 It belongs to the process that made it; in a fork its methods raise EngineError.
 )")

@@ -29,7 +29,7 @@ struct DigestLimits {
 // Throws std::invalid_argument for limits of 0 or beyond 2^32 leaves or units.
 DigestRoom digest_room(const DigestLimits& limits);
 
-constexpr std::uint32_t kDigestBlocks = 64;
+constexpr std::uint32_t kDigestBlocks = 16;
 constexpr std::uint32_t kMaxDigestBlocks = 65535;
 
 class DeviceDigests {

@@ -5,7 +5,7 @@
 namespace moevement {
 namespace {
 
-constexpr std::uint32_t kThreads = 256;
+constexpr std::uint32_t kThreads = 1024;
 
 __global__ void __launch_bounds__(kThreads) digest_leaves_kernel(const LeafRange* __restrict__ ranges,
                                                                  std::uint32_t count, std::uint32_t leaves,

@@ -165,7 +165,7 @@ void the_rate_by_blocks() {
   const Twin twin(nbytes, 16);
   const auto digests = on_the_gpu();
   std::printf("     %llu bytes of device memory for tables;", static_cast<unsigned long long>(digests->device_bytes()));
-  for (const std::uint32_t blocks : {8u, 16u, 32u, 64u, 132u, 264u, 528u}) {
+  for (const std::uint32_t blocks : {4u, 8u, 16u, 32u, 64u, 132u, 264u}) {
     digests->set_blocks(blocks);
     double best = 0;
     for (int round = 0; round < 4; ++round) {

@@ -69,10 +69,10 @@ class SparseCheckpointConfig:
         unit="slots",
     )
     measure_iterations: int = _knob(
-        4,
+        6,
         "--sparse-ckpt-measure-iters",
-        "Iterations that `auto` times before it chooses W, the first not counted. Two more follow in which it measures "
-        "the link; no slots are taken in any of them.",
+        "Iterations that `auto` times before it chooses W, the first not counted. Four more follow in which it "
+        "measures the link; no slots are taken in any of them.",
         unit="iterations",
     )
     reorder: bool = _knob(

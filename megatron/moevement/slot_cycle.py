@@ -118,15 +118,16 @@ class SlotCycle:
 
     def fence(self) -> None:
         """Returns when every copy of the slot has been read from the device."""
-        started, self._fence_started_time = time.perf_counter(), time.time()
         try:
-            copied, _ = self._capture.fence()
+            copied, stalled = self._capture.fence()
         except MoevementError as error:
             self._fail(self._step, str(error))
             return
+        submitted = time.perf_counter()
         if copied is not None:
             self._committer.submit(copied)
-        self._stall_seconds = time.perf_counter() - started
+        self._stall_seconds = stalled + time.perf_counter() - submitted
+        self._fence_started_time = time.time() - self._stall_seconds
 
     def interrupt(self) -> None:
         """Drops the slot under way, and waits for those that are copied."""

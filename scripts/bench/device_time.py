@@ -33,12 +33,23 @@ def awaited(spans: Iterable[tuple[float, float, bool]]) -> float:
     return total
 
 
+def idle_before(spans: Iterable[tuple[float, float, str]]) -> dict[str, float]:
+    """How long nothing ran before kernels of each name; spans: begin, end, name."""
+    found, reached = dict[str, float](), float("inf")
+    for begin, end, name in sorted(spans):
+        if begin > reached:
+            found[name] = found.get(name, 0.0) + begin - reached
+        reached = end if reached == float("inf") else max(reached, end)
+    return found
+
+
 def profiled(run: Callable[[], object], iterations: int) -> dict[str, Any]:
     """Runs `iterations` under torch's profiler, and tells seconds of an iteration on the device.
 
     `busy_seconds`: at least one kernel of training runs. `kernel_seconds`: their sum. `idle_seconds`: none runs.
     `awaited_seconds`: none runs, and a small copy to the host comes next, which waits until the link is free.
-    `longest`: the ten kinds of kernels that take most, with their seconds.
+    `idle_before`: the twenty kinds of kernels that nothing ran before for the longest, with those seconds.
+    `longest`: the forty kinds of kernels that take most, with how many there are and their seconds.
     """
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -48,14 +59,17 @@ def profiled(run: Callable[[], object], iterations: int) -> dict[str, Any]:
         run()
         torch.cuda.synchronize()
     events = [event for event in profiler.events() if str(event.device_type).endswith("CUDA")]
-    spans, kinds = [], dict[str, float]()
+    spans, named, kinds = [], [], dict[str, tuple[float, float]]()
     read_backs = []
     for event in events:
         if "Memcpy DtoH" in event.name and event.time_range.elapsed_us() <= READ_BACK_US:
             read_backs.append((event.time_range.start, event.time_range.end, True))
         if not any(name in event.name for name in OF_SLOTS):
             spans.append((event.time_range.start, event.time_range.end))
-            kinds[event.name] = kinds.get(event.name, 0.0) + event.time_range.elapsed_us()
+            named.append((event.time_range.start, event.time_range.end, event.name[:400]))
+            # Long names differ behind their beginning as well.
+            count, taken = kinds.get(event.name, (0.0, 0.0))
+            kinds[event.name] = count + 1 / iterations, taken + event.time_range.elapsed_us() * 1e-6 / iterations
     if not spans:
         return {}
     whole = max(end for _, end in spans) - min(begin for begin, _ in spans)
@@ -66,7 +80,9 @@ def profiled(run: Callable[[], object], iterations: int) -> dict[str, Any]:
         "kernel_seconds": sum(end - begin for begin, end in spans) * scale,
         "idle_seconds": (whole - busy) * scale,
         "awaited_seconds": awaited(read_backs + [(*span, False) for span in spans]) * scale,
-        "longest": {
-            name[:80]: seconds * scale for name, seconds in sorted(kinds.items(), key=lambda item: -item[1])[:10]
+        "idle_before": {
+            name: seconds * scale
+            for name, seconds in sorted(idle_before(named).items(), key=lambda item: -item[1])[:20]
         },
+        "longest": {name[:400]: numbers for name, numbers in sorted(kinds.items(), key=lambda item: -item[1][1])[:40]},
     }

@@ -50,7 +50,8 @@ from scripts.bench.overhead_report import LABELS, left_out, plot, print_table
 
 WORKER = Path(__file__).resolve().parent / "overhead_worker.py"
 
-COMMON = "--bf16 --moe-router-topk 2 --moe-token-dispatcher-type alltoall --moe-aux-loss-coeff 0.01 --clip-grad 1.0 "
+# The gradients' norm is computed, and they are never scaled: some iterations would be longer than others.
+COMMON = "--bf16 --moe-router-topk 2 --moe-token-dispatcher-type alltoall --moe-aux-loss-coeff 0.01 --clip-grad 1000 "
 COMMON += (
     "--lr 1e-6 --lr-decay-style constant --split 100,0,0 --tokenizer-type ByteLevelTokenizer --train-iters 1000000"
 )
@@ -59,12 +60,12 @@ DEMO = (
     "--attention-dropout 0.1 --micro-batch-size 1 --global-batch-size 4 --pipeline-model-parallel-size 2 "
     "--expert-model-parallel-size 2 --use-cpu --distributed-backend gloo"
 )
-# One micro-batch of 32,768 tokens. Experts are launched one by one; where the GPU is done with one before the host has
-# launched the next, the host's noise is what is measured. So there are few layers of large experts, and of more of them
-# each token goes to more: each has 4,096 tokens.
+# One micro-batch of 65,536 tokens. Experts are launched one by one; where the GPU is done with one
+# before the host has launched the next, the host's noise is what is measured. So there are few layers of large experts,
+# and of more of them each token goes to more: each has 8,192 tokens.
 LARGE = (
     "--num-layers 2 --hidden-size 2048 --num-attention-heads 16 --seq-length 1024 --swiglu --disable-bias-linear "
-    "--hidden-dropout 0 --attention-dropout 0 --micro-batch-size 32 --global-batch-size 32 "
+    "--hidden-dropout 0 --attention-dropout 0 --micro-batch-size 64 --global-batch-size 64 "
 )
 # name -> (processes, flags)
 MODELS = {
@@ -74,8 +75,9 @@ MODELS = {
     # Over NCCL, four micro-batches through a stage a GPU.
     "16-experts-pp2": (
         2,
-        LARGE + "--num-layers 4 --micro-batch-size 8 --num-experts 16 --moe-ffn-hidden-size 4096 "
-        "--pipeline-model-parallel-size 2 --untie-embeddings-and-output-weights --distributed-backend nccl",
+        LARGE + "--num-layers 4 --micro-batch-size 8 --global-batch-size 32 --num-experts 16 "
+        "--moe-ffn-hidden-size 4096 --pipeline-model-parallel-size 2 --untie-embeddings-and-output-weights "
+        "--distributed-backend nccl",
     ),
     # Four ranks share one GPU, eight micro-batches: boundary tensors of 4 MiB.
     "8-experts-pp4-gloo": (
@@ -84,7 +86,10 @@ MODELS = {
         "--disable-bias-linear --hidden-dropout 0 --attention-dropout 0 --micro-batch-size 2 --global-batch-size 16 "
         "--pipeline-model-parallel-size 4 --untie-embeddings-and-output-weights --distributed-backend gloo",
     ),
-    "64-experts": (1, LARGE + "--num-experts 64 --moe-ffn-hidden-size 3072 --moe-router-topk 8"),
+    "64-experts": (
+        1,
+        LARGE + "--num-experts 64 --moe-ffn-hidden-size 2048 --moe-router-topk 8",
+    ),
 }
 # Variants that write a transcript, and those whose name may be followed by switches.
 TRANSCRIBED = ("transcript", "sparse-transcript")
@@ -159,6 +164,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--profile", type=int, default=0, help="iterations of each variant under torch's profiler, on a GPU"
     )
+    parser.add_argument(
+        "--baseline-every", type=int, default=1, help="dense and sparse-copy take part in every N-th round only"
+    )
     parser.add_argument("--scratch", default="", help="directory for what dcp and nvrx write; default: a temporary one")
     parser.add_argument("--output", default="runs/overhead", help="path of the results without ending")
     parser.add_argument(
@@ -218,6 +226,7 @@ def job_command(options: argparse.Namespace, corpus: Path, raw: Path) -> list[st
     measured = ["--raw", str(raw), "--blocks", str(options.blocks), "--block", str(options.block)]
     measured += ["--variants", options.variants, "--slow-iterations", str(options.slow_iterations)]
     measured += ["--profile", str(options.profile)]
+    measured += ["--baseline-every", str(options.baseline_every)]
     measured += ["--scratch", options.scratch or str(raw.parent)]
     return [*launcher, str(WORKER), *words, *measured]
 

@@ -19,7 +19,16 @@ from megatron.moevement.config import SparseCheckpointConfig, add_sparse_checkpo
 from megatron.moevement.errors import MoevementError
 from megatron.moevement.training_config import TrainingConfig
 from scripts.bench.device_time import profiled
-from scripts.bench.variants import SLOW, Block, blocks_of, make_hooks, slow_hook, warm_slots, warm_transcripts
+from scripts.bench.variants import (
+    BASELINES,
+    SLOW,
+    Block,
+    blocks_of,
+    make_hooks,
+    slow_hook,
+    warm_slots,
+    warm_transcripts,
+)
 
 WARM_UP_ITERATIONS = 5
 
@@ -34,6 +43,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block", type=int, required=True)
     parser.add_argument("--slow-iterations", type=int, required=True)
     parser.add_argument("--profile", type=int, required=True)
+    parser.add_argument("--baseline-every", type=int, required=True)
 
 
 class Say:
@@ -92,7 +102,8 @@ def measure(config: TrainingConfig, sparse: SparseCheckpointConfig, options: arg
             block(1)
             say(f"{name}: first iteration")
         for number in range(options.blocks):
-            record.round(number, blocks, options.block)
+            baselines = BASELINES if number % options.baseline_every else ()
+            record.round({name: block for name, block in blocks.items() if name not in baselines}, options.block)
             say(f"block {number + 1} of {options.blocks}: {record.medians()}")
             raw["slots"] = slots.figures() if slots is not None else {}
             raw["transcript"] = transcripts.figures() if transcripts is not None else {}
@@ -138,6 +149,7 @@ class Record:
         # By variant and block: which block of `off` is its neighbour.
         self.off_beside: dict[str, list[int]] = {}
         self._busy: dict[str, list[float]] = {}
+        self._rounds = 0
         self.peak: dict[str, float] = {}
 
     def block(self, name: str, run: Block, iterations: int) -> None:
@@ -152,11 +164,13 @@ class Record:
         self._busy.setdefault(name, []).extend(busy for _, busy in seconds)
         self.peak[name] = max(self.peak.get(name, 0.0), peak)
 
-    def round(self, number: int, variants: Mapping[str, Block], iterations: int) -> None:
+    def round(self, variants: Mapping[str, Block], iterations: int) -> None:
         """Runs a block of every variant, each beside one of `off`, which comes first and second in turn."""
         others = [name for name in variants if name != "off"]
-        for name in others if number % 2 == 0 else others[::-1]:
-            for one in ("off", name) if (number + others.index(name)) % 2 == 0 else (name, "off"):
+        self._rounds += 1
+        for name in others if self._rounds % 2 else others[::-1]:
+            turn = len(self.off_beside.get(name, [])) + others.index(name)
+            for one in ("off", name) if turn % 2 == 0 else (name, "off"):
                 self.block(one, variants[one], iterations)
             self.off_beside.setdefault(name, []).append(len(self.blocks["off"]) - 1)
         if not others:

@@ -19,7 +19,7 @@ MOST_RANGES = 100_000
 # Among the arguments of `CopyEngine.submit`.
 _PRIORITY_PLACE = 5
 # What DeviceDigests has by default.
-DEVICE_BLOCKS = 64
+DEVICE_BLOCKS = 16
 
 
 class SwitchedPool(DigestPool):
@@ -130,7 +130,7 @@ class Switched:
     Args:
         inner: the manager's hooks.
         engine: the manager's copy engine.
-        text: with `:` in between, `digests=off`, `device`, `host`, or `8` (threads of the host), `blocks=64` (of the
+        text: with `:` in between, `digests=off`, `device`, `host`, or `8` (threads of the host), `blocks=16` (of the
             device's digests), `chunks=4x2` (MiB, in flight), `growth=1` (of chunks while the link runs dry),
             `spread=0.9` (of the time until the fence), `pauses`, `copies=off` (one piece: the cost of all else).
     """

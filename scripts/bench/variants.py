@@ -18,6 +18,8 @@ from scripts.bench.transcripts import Transcribed, Transcripts
 
 # Variants that take many times an iteration: few iterations of them, in one block after the others.
 SLOW = ("dcp", "nvrx")
+# Those that may take part in fewer rounds: what they cost shows in few of them.
+BASELINES = ("sparse-copy", "dense-sync", "dense-side")
 # Runs so many iterations; their seconds on the wall and of the processor.
 Block = Callable[[int], list[tuple[float, float]]]
 Say = Callable[[str], None]

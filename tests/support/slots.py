@@ -1,7 +1,7 @@
 """Small stores for unit tests: a table, its memory, and slots written by the real capture."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import xxhash
@@ -62,6 +62,9 @@ class MemoryState:
     def start_state(self, step: int) -> tuple[StartState, Sequence[MemoryRange]]:
         """See TrainingState."""
         return start_state(step), [MemoryRange(ctypes.addressof(self.buffer), BUFFER.nbytes)]
+
+    def arrival(self) -> Callable[[], bool]:
+        return lambda: True
 
     def stream(self) -> int:
         """See TrainingState."""

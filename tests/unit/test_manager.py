@@ -95,7 +95,7 @@ def test_a_crashed_run_ends_bit_identical(tmp_path: Path, mode: str, window: int
 @pytest.mark.parametrize("window", [None, 3])
 def test_digests_of_the_device_are_verified_by_the_threads(tmp_path: Path, window: int | None) -> None:
     digests = DeviceDigests(ranges_limit=1000, bytes_limit=64 << 20)
-    first = Worker(tmp_path, device_digests=digests, window=window, max_window=3)
+    first = Worker(tmp_path, device_digests=digests, window=window, max_window=3, measure_iterations=3)
     first.manager.start(None)
     first.train(12).crash()
     assert first.manager.plan is not None and not first.steps("slot_failed")
@@ -103,7 +103,7 @@ def test_digests_of_the_device_are_verified_by_the_threads(tmp_path: Path, windo
     measured = first.manager.plan.measured
     assert (measured is None) == (window is not None) and (measured is None or measured.digests_on_device)
     # The next one has no such device: the slots are the same.
-    second = Worker(tmp_path, seed=99, window=window, max_window=3)
+    second = Worker(tmp_path, seed=99, window=window, max_window=3, measure_iterations=3)
     assert second.manager.start(None).step == 11
     assert second.train(LAST).state.everything() == undisturbed(LAST)
     second.crash()

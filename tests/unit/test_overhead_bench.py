@@ -60,7 +60,8 @@ def test_experts_of_the_large_models_have_as_many_tokens(monkeypatch: pytest.Mon
         config, _ = arguments.parse(words, environ={"WORLD_SIZE": "1"})
         assert config.num_experts == int(model.partition("-")[0])
         tokens = config.global_batch_size * config.seq_length
-        assert tokens * config.moe_router_topk == 4096 * config.num_experts
+        assert config.moe_router_topk is not None and config.num_experts is not None
+        assert tokens * config.moe_router_topk == 8192 * config.num_experts
 
 
 def raw_of(blocks: dict[str, list[list[float]]], off_beside: dict[str, list[int]], **more: Any) -> dict[str, Any]:
@@ -102,8 +103,8 @@ def test_every_block_has_one_without_beside_it() -> None:
 
         return run
 
-    for number in range(4):
-        record.round(number, {name: block(name) for name in ("off", "a", "b")}, 2)
+    for _ in range(4):
+        record.round({name: block(name) for name in ("off", "a", "b")}, 2)
     assert len(order) == 16 and order[:8] == ["off", "a", "b", "off", "off", "b", "a", "off"]
     for name in ("a", "b"):
         pairs = zip(record.off_beside[name], record.blocks[name], strict=True)

@@ -17,6 +17,7 @@ from megatron.moevement.errors import RecoveryError
 from megatron.moevement.events import EventLog
 from megatron.moevement.integration.boundary_recorder import BoundaryRecorder
 from megatron.moevement.integration.fingerprint import fingerprint
+from megatron.moevement.integration.host_copies import to_host
 from megatron.moevement.integration.job import TrainingJob, build_communicator
 from megatron.moevement.integration.log_copy import LogCopier
 from megatron.moevement.integration.model import compute_dtype
@@ -237,7 +238,7 @@ class ReplayP2P(BoundaryP2P):
         """Compares what was sent with the receipts, and commits the transcript only if all is equal."""
         iteration = self.recorder.iteration
         self.recorder.check_complete()
-        found = torch.stack([result for _, result in self._prints]).tolist() if self._prints else []
+        found = to_host(torch.stack([result for _, result in self._prints])).tolist() if self._prints else []
         for (key, _), value in zip(self._prints, found, strict=True):
             # The receiver of a direction is the sender of the opposite one.
             receipt = self._given[key.direction.opposite].receipts[key.order]

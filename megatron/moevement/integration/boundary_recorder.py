@@ -11,6 +11,7 @@ import torch
 from megatron.moevement.errors import MoevementError, RecoveryError
 from megatron.moevement.events import EventLog
 from megatron.moevement.integration.fingerprint import fingerprint
+from megatron.moevement.integration.host_copies import to_host
 from megatron.moevement.integration.log_copy import LogCopier
 from megatron.moevement.transcript.keys import BoundaryKey, Direction, Pipeline
 from megatron.moevement.transcript.log import TranscriptLog
@@ -103,7 +104,7 @@ class BoundaryRecorder:
         try:
             self._copier.drain()
             for direction, count in self._received.items():
-                prints = self._prints[direction].tolist()
+                prints = to_host(self._prints[direction]).tolist()
                 for key in self.pipeline.received(direction)[:count]:
                     log.note_received(key, prints[key.order])
         except (MoevementError, EngineError) as error:

@@ -25,6 +25,7 @@ from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
 from megatron.moevement.argument_checks import UsageError
 from megatron.moevement.errors import DataError
 from megatron.moevement.integration import groups
+from megatron.moevement.integration.host_copies import to_device
 from megatron.moevement.training_config import TrainingConfig
 
 
@@ -107,7 +108,7 @@ class BatchSource:
                 f"--data-path holds token {highest}, outside the vocabulary of {self.vocab_size}: use the tokenizer "
                 "that the data was prepared with"
             )
-        return Batch(**{name: column.to(self.device) for name, column in columns.items()})
+        return Batch(**{name: to_device(column, self.device) for name, column in columns.items()})
 
     def iterator(self, consumed_samples: int) -> Iterator[Batch]:
         """The micro-batches of the iteration before which `consumed_samples` samples were used, in order."""

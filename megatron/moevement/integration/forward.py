@@ -15,6 +15,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron.moevement import injection
 from megatron.moevement.integration.boundary import transcribed
 from megatron.moevement.integration.data import Batch
+from megatron.moevement.integration.host_copies import to_host
 from megatron.moevement.integration.job import TrainingJob
 
 LOSS = "lm loss"
@@ -81,7 +82,7 @@ def stage_loss(job: TrainingJob, local_loss: torch.Tensor | None) -> float | Non
 
 
 def _mean(totals: torch.Tensor) -> float:
-    loss_sum, tokens = totals.tolist()
+    loss_sum, tokens = to_host(totals).tolist()
     return float(loss_sum / max(tokens, 1.0))
 
 

@@ -148,6 +148,14 @@ class OperatorState:
             return 0
         return int(torch.cuda.current_stream().cuda_stream)
 
+    def arrival(self) -> Callable[[], bool]:
+        """Whether the device has done what it has been given by now."""
+        if self._job.topology.device.type != "cuda":
+            return _at_once
+        event = torch.cuda.Event()
+        event.record()
+        return event.query
+
     # ------------------------------------------------------------------------------------------------- restore
 
     def load(self, operators: Sequence[RecordedOperator]) -> None:
@@ -246,6 +254,10 @@ class OperatorState:
                     differing.append(operator.name)
                     break
         return tuple(differing)
+
+
+def _at_once() -> bool:
+    return True
 
 
 def _ranges(tensors: Sequence[torch.Tensor]) -> list[MemoryRange]:

@@ -20,7 +20,7 @@ class Hooks(Protocol):
         """The state is that of `Step iteration`; nothing of the iteration has run."""
 
     def before_optimizer_step(self, iteration: int) -> None:
-        """Gradients are final; weights and optimizer state are still those of `Step iteration`."""
+        """All that makes the gradients has been launched; weights and optimizer state are those of `Step iteration`."""
 
     def after_optimizer_step(self, iteration: int, outcome: IterationOutcome) -> None:
         """The state is that of `Step iteration + 1`, learning rate included."""
@@ -69,9 +69,10 @@ def train_iteration(job: TrainingJob, hooks: Hooks) -> IterationOutcome:
     injection.reached("begin", iteration)
     hooks.before_forward(iteration)
     local_loss = run_forward_backward(job, iteration)
-    loss = share_loss(job, local_loss)
     injection.reached("before_optimizer", iteration)
+    # Before the host waits for the loss: what the hooks do then costs nothing while the device has work.
     hooks.before_optimizer_step(iteration)
+    loss = share_loss(job, local_loss)
     learning_rate = optimizer_setup.learning_rate(job.optimizer)
     loss_scale = optimizer_setup.loss_scale(job.optimizer)
     result = optimizer_setup.decide_update(job.optimizer)

@@ -68,6 +68,10 @@ class TrainingState(Protocol):
         """Handle of the device stream whose work must be finished before a piece may be read; 0 on the CPU."""
         ...
 
+    def arrival(self) -> Callable[[], bool]:
+        """Marks what the device's stream has been given by now; returns what tells whether the device has done it."""
+        ...
+
     def load(self, operators: Sequence[RecordedOperator]) -> None:
         """Loads operators in place and makes them whole on all data-parallel ranks. Collective over the stage."""
         ...

@@ -16,6 +16,9 @@ from megatron.moevement.operators.state import MemoryRange, TrainingState, full_
 from moevement_ext import CopyEngine, DeviceDigests, DigestPool, EngineError, HostRegion
 
 MEASURE_BYTES_LIMIT = 256 << 20
+# In so many places of the state, of which each begins as aligned as memory is.
+_EXTENTS = 32
+_ALIGNMENT_BYTES = 256
 DIGEST_MEASURE_BYTES = 128 << 20
 REPEATS = 3
 EQUAL_RATES = 0.05
@@ -47,16 +50,8 @@ class LinkProbe:
     def __init__(
         self, engine: CopyEngine, sources: Sequence[MemoryRange], directory: Path, rank: int, stream: int
     ) -> None:
-        chosen, total = list[MemoryRange](), 0
-        pieces = [piece for piece in sources if piece.nbytes]
-        # From all over the state, so that there are as many small pieces among them as a slot has.
-        apart = max(1, sum(piece.nbytes for piece in pieces) // MEASURE_BYTES_LIMIT)
-        for piece in pieces[::apart]:
-            nbytes = min(piece.nbytes, MEASURE_BYTES_LIMIT - total)
-            if nbytes:
-                chosen.append(MemoryRange(piece.address, nbytes))
-            total += nbytes
-        self.nbytes = total
+        chosen = sample(sources, MEASURE_BYTES_LIMIT)
+        self.nbytes = total = sum(piece.nbytes for piece in chosen)
         self._engine, self._stream = engine, stream
         self._ticket: int | None = None
         self._registered = False
@@ -127,6 +122,35 @@ class LinkProbe:
     def _submit(self, times: int) -> int:
         sources, targets, sizes = (np.tile(array, times) for array in (self._sources, self._targets, self._sizes))
         return self._engine.submit(sources, targets, sizes, stream=self._stream, label="bandwidth probe")
+
+
+def sample(pieces: Sequence[MemoryRange], limit: int) -> list[MemoryRange]:
+    """At most `limit` bytes of the pieces, from places that are evenly apart.
+
+    Small pieces have the share of the bytes that they have in a slot: they are gathered by a kernel, which waits for
+    its turn beside training, so that too many of them would make the link look slow.
+    """
+    total = sum(piece.nbytes for piece in pieces)
+    if total <= limit:
+        return [piece for piece in pieces if piece.nbytes]
+    extent, chosen = max(1, limit // _EXTENTS), list[MemoryRange]()
+    count = limit // extent
+    places = iter([total * number // count for number in range(count)])
+    place, left, passed = next(places), extent, 0
+    for piece in pieces:
+        taken = 0
+        while place < passed + piece.nbytes:
+            # An extent that comes to the end of its piece goes on in the next one.
+            begin = max(taken, (place - passed) // _ALIGNMENT_BYTES * _ALIGNMENT_BYTES if place > passed else 0)
+            nbytes = min(left, piece.nbytes - begin)
+            chosen.append(MemoryRange(piece.address + begin, nbytes))
+            taken, left = begin + nbytes, left - nbytes
+            if left:
+                place = passed + piece.nbytes
+            else:
+                place, left = next(places, total), extent
+        passed += piece.nbytes
+    return chosen
 
 
 def measure_bandwidth(probe: LinkProbe, engine: CopyEngine, candidates: Sequence[Chunks]) -> dict[Chunks, float]:

@@ -19,6 +19,8 @@ from megatron.moevement.types import IterationRecord, Presence, SlotSpec, StartS
 from moevement_ext import CopyEngine, DeviceDigests, EngineError
 
 FENCE_TIMEOUT_SECONDS = 120.0
+# How exactly a stall is measured.
+_STALL_SECONDS = 0.002
 # A new order of experts makes new kinds of slots, W for each order.
 BATCHES_KEPT_LIMIT = 256
 
@@ -40,11 +42,9 @@ class _Batch:
 
 @dataclass(frozen=True, slots=True)
 class _UnderWay:
-    spec: SlotSpec
     lease: SlotLease
     batch: _Batch
-    start: StartState
-    record: IterationRecord | None
+    manifest: Manifest
     ticket: int
     digest_ticket: int | None
     submitted_time: float
@@ -102,6 +102,16 @@ class Capture:
         if layout.nbytes > lease.data_bytes:
             self._store.abandon(lease)
             raise MoevementError(f"the slot needs {layout.nbytes} bytes, there is room for {lease.data_bytes}")
+        # Everything that a manifest needs is gathered here, where the device still makes the optimizer step before.
+        manifest = Manifest(
+            rank=self._rank,
+            run_id=self._run_id,
+            spec=spec,
+            start=start,
+            record=record,
+            adam_steps={name: self._state.adam_steps(name) for name in spec.full},
+            digests={},
+        )
         sources = np.concatenate([np.array([piece.address for piece in buffers], dtype=np.uint64), batch.sources])
         digest_ticket = None
         try:
@@ -118,14 +128,15 @@ class Capture:
         except (EngineError, ValueError) as error:
             self._give_up(lease, None, digest_ticket)
             raise MoevementError(f"copy engine: {error}") from error
-        self._under_way = _UnderWay(spec, lease, batch, start, record, ticket, digest_ticket, submitted)
+        self._under_way = _UnderWay(lease, batch, manifest, ticket, digest_ticket, submitted)
         return layout.nbytes
 
     def fence(self) -> tuple[CopiedSlot | None, float]:
         """Waits until the slot under way has been read from the device.
 
         Returns:
-            The copied slot, None if none was under way, and the seconds that this call waited.
+            The copied slot, None if none was under way, and the seconds that training was held up: those of this call
+            in which the device had nothing left to do.
 
         Raises:
             MoevementError: the copy failed or took too long; it is cancelled and the slot is free again.
@@ -133,10 +144,9 @@ class Capture:
         under_way, self._under_way = self._under_way, None
         if under_way is None:
             return None, 0.0
-        started = time.perf_counter()
         try:
             self._engine.hurry(under_way.ticket)
-            finished = self._engine.wait(under_way.ticket, FENCE_TIMEOUT_SECONDS)
+            finished, idle_since = self._wait(under_way.ticket)
             digests, digest_seconds = self._finish_digests(under_way.digest_ticket) if finished else (None, 0.0)
         except EngineError as error:
             self._give_up(under_way.lease, under_way.ticket, under_way.digest_ticket)
@@ -145,21 +155,11 @@ class Capture:
             self._give_up(under_way.lease, under_way.ticket, under_way.digest_ticket)
             what = "digests" if finished else "copy"
             raise MoevementError(f"the {what} took longer than {FENCE_TIMEOUT_SECONDS:g} s")
-        spec, batch = under_way.spec, under_way.batch
-        manifest = Manifest(
-            rank=self._rank,
-            run_id=self._run_id,
-            spec=spec,
-            start=under_way.start,
-            record=under_way.record,
-            # The optimizer counts on behind the fence; here the device has work to do meanwhile.
-            adam_steps={name: self._state.adam_steps(name) for name in spec.full},
-            digests={},
-        )
+        batch = under_way.batch
         copy = self._engine.stats(under_way.ticket)
         copied = CopiedSlot(
             under_way.lease,
-            manifest,
+            under_way.manifest,
             batch.digested,
             batch.layout.nbytes,
             under_way.submitted_time + copy.queue_seconds,
@@ -167,7 +167,20 @@ class Capture:
             digests,
             digest_seconds,
         )
-        return copied, time.perf_counter() - started
+        return copied, time.perf_counter() - idle_since if idle_since is not None else 0.0
+
+    def _wait(self, ticket: int) -> tuple[bool, float | None]:
+        """Whether the copy was done in time, and since when the device had nothing to do; None if it still has."""
+        arrived = self._state.arrival()
+        started = time.perf_counter()
+        idle_since = started if arrived() else None
+        while not (finished := self._engine.wait(ticket, _STALL_SECONDS)):
+            now = time.perf_counter()
+            if now - started > FENCE_TIMEOUT_SECONDS:
+                break
+            if idle_since is None and arrived():
+                idle_since = now
+        return finished, idle_since
 
     def cancel(self) -> None:
         """Drops the slot under way, if any."""

@@ -1,11 +1,14 @@
 """The bandwidth probe: copies real memory with the engine that slots use, and leaves nothing behind."""
 
 import ctypes
+import itertools
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given as given_by
+from hypothesis import strategies as st
 
 from megatron.moevement.operators.state import MemoryRange
 from megatron.moevement.snapshot import bandwidth
@@ -53,10 +56,11 @@ def test_a_file_of_a_killed_probe_is_replaced(tmp_path: Path) -> None:
 
 def test_the_probe_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bandwidth, "MEASURE_BYTES_LIMIT", 10_000)
-    source, _keep = memory(4096)
-    beyond = MemoryRange(source.address, 1 << 40)  # copying all of it would end the process
-    for sources in ([source, source, beyond], [beyond]):
-        assert 0 < measured(CopyEngine(), sources, tmp_path) < float("inf")
+    source, _keep = memory(64 * 1024)
+    for sources in ([source, source], [source]):
+        probe = LinkProbe(CopyEngine(), sources, tmp_path, 3, 0)
+        assert 9000 < probe.nbytes <= 10_000 and (tmp_path / ".bandwidth.rank00003").stat().st_size < 16 << 10
+        probe.close()
 
 
 def test_the_probe_takes_pieces_from_all_over_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +75,34 @@ def test_the_probe_takes_pieces_from_all_over_the_state(tmp_path: Path, monkeypa
     source, _keep = memory(40 * 1024)
     pieces = [MemoryRange(source.address + 1024 * number, 1024) for number in range(40)]
     measured(Noting(), pieces, tmp_path)
-    assert given[0] == [pieces[number].address for number in (0, 10, 20, 30)]
+    # 32 extents of 128 bytes, 1280 bytes apart.
+    assert given[0] == [source.address + 1280 * number // 256 * 256 for number in range(32)]
+
+
+@given_by(
+    sizes=st.lists(st.one_of(st.integers(0, 300), st.integers(0, 60_000)), min_size=1, max_size=40),
+    limit=st.integers(1, 40_000),
+)
+def test_a_sample_is_of_the_pieces_and_no_byte_is_taken_twice(sizes: list[int], limit: int) -> None:
+    pieces, address = list[MemoryRange](), 1 << 20
+    for size in sizes:
+        pieces.append(MemoryRange(address, size))
+        address += size + 512
+    chosen = bandwidth.sample(pieces, limit)
+    assert sum(one.nbytes for one in chosen) <= limit and all(one.nbytes > 0 for one in chosen)
+    for one in chosen:
+        assert any(p.address <= one.address and one.address + one.nbytes <= p.address + p.nbytes for p in pieces)
+    assert all(one.address + one.nbytes <= other.address for one, other in itertools.pairwise(chosen))
+    if sum(sizes) > 2 * limit and limit >= 8192:
+        assert sum(one.nbytes for one in chosen) > 0.9 * limit - 32, "almost as much as it may be"
+
+
+def test_small_pieces_have_their_share_of_the_bytes() -> None:
+    large, small = 64 * MIB, 4096
+    pieces = [MemoryRange((number + 1) << 32, large if number % 2 else small) for number in range(40)]
+    chosen = bandwidth.sample(pieces, 64 * MIB)
+    # By count they would be half of it; a few lie where an extent goes on beyond its piece.
+    assert sum(one.nbytes <= small for one in chosen) < 5 and len(chosen) > 32
 
 
 def test_a_rank_that_owns_nothing_has_no_limit(tmp_path: Path) -> None:

@@ -62,10 +62,10 @@ def test_a_single_candidate_needs_no_calibration(tmp_path: Path) -> None:
         assert calibrating.run(EventLog(None, 0)).chunks == SMALL
 
 
-def test_beside_training_the_slowest_of_the_probed_iterations_counts(
+def test_beside_training_the_middle_of_the_probed_iterations_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rates, stop_copies = iter([5.0, 3.0]), LinkProbe.stop
+    rates, stop_copies = iter([5.0, 2.0, 4.0, 3.0]), LinkProbe.stop
 
     def stop(probe: LinkProbe) -> float:
         stop_copies(probe)
@@ -80,7 +80,7 @@ def test_beside_training_the_slowest_of_the_probed_iterations_counts(
             assert [path.name for path in tmp_path.iterdir()] == [".bandwidth.rank00000"]
             calibrating.begin_iteration()
             calibrating.fence()
-        assert calibrating.bytes_per_second_beside_training == 3.0
+        assert calibrating.bytes_per_second_beside_training == 3.5
         assert calibrating.iterations == 3 and list(tmp_path.iterdir()) == []
 
 

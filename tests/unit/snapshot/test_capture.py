@@ -1,6 +1,8 @@
 """Capture against plain memory: what is committed is what was there at the start of the iteration."""
 
 import ctypes
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +55,42 @@ def test_a_captured_slot_holds_the_state_of_its_step(tmp_path: Path, on_device: 
             found = b"".join(bytes(data[p.address - base : p.address - base + p.nbytes]) for p in operator.pieces)
             assert found == wanted[step, operator.name]
         assert reader.manifest(step).record == record(step - 1)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_only_the_time_in_which_the_device_has_nothing_to_do_is_a_stall(tmp_path: Path, at_once: bool) -> None:
+    class Ahead(MemoryState):
+        def arrival(self) -> Callable[[], bool]:
+            return lambda: at_once
+
+    table = small_table(expert_elements=3000)
+    store, state = create_store(tmp_path / "s", table), Ahead(table)
+    spec = schedule(3, "rolling").spec(0)
+    # At least so long that it takes several looks at the device.
+    engine = CopyEngine(chunk_bytes=1000, bytes_per_second_limit=200_000.0)
+    capture = Capture(state, store, engine, 0, "run")
+    started, nbytes = time.perf_counter(), capture.begin(spec, record(0))
+    copied, stall = capture.fence()
+    assert copied is not None and time.perf_counter() - started > nbytes / 400_000 > 0.02
+    assert (stall > nbytes / 400_000) if at_once else (stall == 0.0)
+
+
+def test_adams_counters_are_those_of_the_step_that_begins(tmp_path: Path) -> None:
+    class Counting(MemoryState):
+        steps = 3.0
+
+        def adam_steps(self, operator: str) -> tuple[float, ...]:
+            return tuple(self.steps for _ in self.table[operator].slices)
+
+    table = small_table()
+    store, state = create_store(tmp_path / "s", table), Counting(table)
+    capture = Capture(state, store, CopyEngine(), 0, "run")
+    spec = schedule(3, "rolling").spec(0)
+    capture.begin(spec, record(0))
+    state.steps = 4.0
+    copied, _ = capture.fence()
+    assert copied is not None
+    assert {step for steps in copied.manifest.adam_steps.values() for step in steps} == {3.0}
 
 
 def test_a_full_ring_refuses(tmp_path: Path) -> None:
