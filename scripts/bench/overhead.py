@@ -60,9 +60,9 @@ DEMO = (
     "--attention-dropout 0.1 --micro-batch-size 1 --global-batch-size 4 --pipeline-model-parallel-size 2 "
     "--expert-model-parallel-size 2 --use-cpu --distributed-backend gloo"
 )
-# One micro-batch of 65,536 tokens. Experts are launched one by one; where the GPU is done with one
-# before the host has launched the next, the host's noise is what is measured. So there are few layers of large experts,
-# and of more of them each token goes to more: each has 8,192 tokens.
+# One micro-batch of 65,536 tokens. Experts are launched one by one; where the GPU is done with one before the host has
+# launched the next, the host's noise is what is measured. So there are few layers of large experts, and of more of them
+# each token goes to more: each has 8,192 tokens.
 LARGE = (
     "--num-layers 2 --hidden-size 2048 --num-attention-heads 16 --seq-length 1024 --swiglu --disable-bias-linear "
     "--hidden-dropout 0 --attention-dropout 0 --micro-batch-size 64 --global-batch-size 64 "
