@@ -41,5 +41,9 @@ class PeerLost(MoevementError):
     """The current generation of process groups has failed: leave it and go on in the next one."""
 
 
+class JobStopped(MoevementError):
+    """The job was told to stop and has done so after an iteration, on all ranks, with everything saved."""
+
+
 class JobEnded(MoevementError):
     """The job stops cleanly, for the reason in the message; what must outlive this process is persisted now."""

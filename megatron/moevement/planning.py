@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.moevement.config import GIB, MIB, SparseCheckpointConfig
+from megatron.moevement.errors import ConfigError
 from megatron.moevement.operators.state import TrainingState
 from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.schedule.ordering import capture_order
@@ -91,6 +92,9 @@ def make_plan(
         agreement: the control group.
         measured: needed if `window` is None.
         window: forced or stored W; None chooses one.
+
+    Raises:
+        ConfigError: the forced W has slots that are empty on every rank.
     """
     table = state.table
     order = capture_order(table, {})
@@ -98,6 +102,12 @@ def make_plan(
         assert measured is not None
         own = smallest_window(table, order, config.window_mode, measured.budget_bytes, config.max_window).window
         window = int(agreement.maximum([own])[0])
+    elif window == config.window:
+        most = int(agreement.maximum([len(table)])[0])
+        if window > most:
+            raise ConfigError(
+                f"--sparse-ckpt-window {window}: no rank has more than {most} operators; give {most} or less"
+            )
     schedule = SlotSchedule(divide(table, order, window, config.window_mode), config.window_mode)
     sizes = slot_bytes(table, schedule.groups, config.window_mode)
     # Orders that come later divide the operators differently, by up to one operator a slot.

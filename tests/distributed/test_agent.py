@@ -81,7 +81,7 @@ def _latest(agents: Agents, old_pid: int) -> list[dict[str, int]]:
 
 @pytest.mark.long
 def test_a_cold_replacement(agents: Agents) -> None:
-    agents.start("--nproc-per-node", "2", "--replacement", "cold")
+    agents.start("--nproc-per-node", "2", "--replacement", "cold", "--stop-timeout-seconds", "0")
     before = processes(agents, 0, 2)
     agents.order(0, "forward SIGKILL")
     after = processes(agents, 1, 2)

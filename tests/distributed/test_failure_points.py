@@ -326,7 +326,9 @@ def test_a_dense_save_without_space_does_not_end_training(
 
 
 def test_the_plan_is_printed_and_nothing_else_happens(lab: Lab, tmp_path: Path, shared_memory: Path) -> None:
-    flags = sparse_flags(shared_memory, "job", "auto", "fixed", "--sparse-ckpt-dry-run")
+    flags = sparse_flags(
+        shared_memory, "job", "auto", "fixed", "--sparse-ckpt-dry-run", "--sparse-ckpt-measure-iters", "3"
+    )
     outcome = lab.job(SCENARIO, tmp_path, flags).run()
     assert outcome.ok, outcome.output
     for word in ("operators", "window", "slot data", "host memory", "a recovery", "measured", "transcript"):

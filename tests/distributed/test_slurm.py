@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -255,6 +256,19 @@ def test_a_stopped_job_goes_on_from_slots_on_the_same_nodes(cluster: Cluster, la
     assert cluster.slurm.job(cluster.number)["Restarts"] == "1"
     starts = [line for line in campaign.output.splitlines() if line.startswith("start: ")]
     assert len(starts) == 2 and "slots" in starts[1], starts
+
+
+def test_a_job_whose_time_is_up_stops_and_goes_on_in_its_next_life(cluster: Cluster, lab: Lab) -> None:
+    cluster.submit(0, "--nodelist=n1,n2", "--time=5")
+    cluster.wait_for_iteration(FAULT)
+    # What Slurm does two minutes before the limit.
+    cluster.slurm.client("scancel", "--batch", "--signal=USR1", str(cluster.number))
+    cluster.wait_for_output("the time limit is near")
+    campaign = cluster.wait_for_end()
+    assert_exact(lab, SCENARIO, campaign)
+    assert cluster.slurm.job(cluster.number)["Restarts"] == "1"
+    (stopped,) = re.findall(r"the job stops: .* after iteration (\d+), a dense checkpoint is in", campaign.output)
+    assert f"dense checkpoint of step {int(stopped) + 1} loaded" in campaign.output, campaign.output[-4000:]
 
 
 def test_a_cancelled_job_leaves_nothing_behind(cluster: Cluster) -> None:

@@ -3,6 +3,7 @@
 import pytest
 
 from megatron.moevement.config import GIB, SparseCheckpointConfig
+from megatron.moevement.errors import ConfigError
 from megatron.moevement.operators.table import OperatorTable
 from megatron.moevement.planning import (
     COPY_TIME_USED,
@@ -45,6 +46,13 @@ def test_a_forced_window_is_kept(window: int, mode: str) -> None:
     assert found.schedule.window == window and found.schedule.mode == mode and len(found.slot_bytes) == window
     assert found.dense_bytes == DENSE and found.measured is None
     assert found.memory.slots == ring_slots(window, mode, reorder=True)
+
+
+def test_a_window_of_more_slots_than_operators_is_refused() -> None:
+    most = len(TABLE)
+    assert make_plan(config(window=most), ToyState(TABLE), alone(), None, most).schedule.window == most
+    with pytest.raises(ConfigError, match=f"--sparse-ckpt-window {most + 1}: no rank has more than {most} operators"):
+        make_plan(config(window=most + 1), ToyState(TABLE), alone(), None, most + 1)
 
 
 @pytest.mark.parametrize("reorder", [True, False])

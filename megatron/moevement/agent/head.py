@@ -29,6 +29,7 @@ class Limits:
         hang_seconds: silence of a worker while others wait.
         start_seconds: until all agents are there, and until a replacement is ready.
         heartbeat_seconds: silence of an agent.
+        stop_seconds: from being told to stop until the workers have ended by themselves, after a whole iteration.
     """
 
     failures: int = 100
@@ -36,6 +37,7 @@ class Limits:
     hang_seconds: float = 8.0
     start_seconds: float = 600.0
     heartbeat_seconds: float = 2.5
+    stop_seconds: float = 60.0
 
 
 @dataclass
@@ -99,6 +101,9 @@ class Head:
         self.members: dict[int, Member] = {}
         self.generation, self.gathering = 0, False
         self.end: tuple[int, str] | None = None
+        # Why the job is to stop after an iteration, and until when; whether a worker has done so before its end.
+        self._stopping: tuple[str, float] | None = None
+        self._stopped_early = False
         self._failures = self._idle_generations = 0
         self._idle_deaths: dict[int, int] = {}
         self._killed: dict[int, int] = {}
@@ -119,7 +124,7 @@ class Head:
         elif event["is"] == "gone":
             self._lose(agent, "its agent has ended")
         elif event["is"] == "told to stop":
-            self.stop(EXIT_AGAIN, event["why"])
+            self._stop_soon(event["why"])
         else:
             member = self.members[event["rank"]]
             if (member.agent, member.incarnation) == (agent, event["incarnation"]):
@@ -157,8 +162,20 @@ class Head:
         if self.end is None and not self.members and now - self._began > self._limits.start_seconds:
             there = len([agent for agent in self.agents.values() if agent.node is not None])
             self.stop(EXIT_AGAIN, f"{there} of {self._nodes} agents came within {self._limits.start_seconds:.0f} s")
+        if self.end is None and self._stopping is not None and now > self._stopping[1]:
+            self.stop(EXIT_AGAIN, f"{self._stopping[0]}; workers took too long (--stop-timeout-seconds)")
         if self.end is None:
             self._judge(now, marks)
+
+    def _stop_soon(self, why: str) -> None:
+        """Has the workers stop after an iteration; at once if that can't be, or if it is asked for again."""
+        started = bool(self.members) and not self.gathering
+        if self._stopping is not None or not started or not self._limits.stop_seconds:
+            self.stop(EXIT_AGAIN, why)
+            return
+        self._stopping = (why, self._clock() + self._limits.stop_seconds)
+        self._say(f"stopping after this iteration: {why}; tell it again to stop at once")
+        self._tell_all({"do": "finish", "reason": why})
 
     def stop(self, status: int, reason: str) -> None:
         """Ends the job: every agent ends with this status."""
@@ -220,10 +237,15 @@ class Head:
         self._tell_all({"do": "open", "generation": self.generation})
 
     def _ended(self, member: Member, status: int, why: str) -> None:
-        if status == 0:
+        stopped = status == EXIT_AGAIN and self._stopping is not None
+        if status == 0 or stopped:
             self._set(member, "finished")
+            self._stopped_early |= stopped
             if all(other.state == "finished" for other in self.members.values()):
-                self.stop(0, "finished")
+                if self._stopped_early and self._stopping is not None:
+                    self.stop(EXIT_AGAIN, self._stopping[0])
+                else:
+                    self.stop(0, "finished")
             elif self.gathering:
                 self.stop(EXIT_AGAIN, f"rank {member.rank} finished and others can't go on without it")
         elif status == _EXIT_USAGE:
@@ -247,6 +269,10 @@ class Head:
 
     def _fail(self) -> None:
         """The open generation fails."""
+        if self._stopping is not None:
+            # The slots are what a later start has; nobody waits for a recovery.
+            self.stop(EXIT_AGAIN, f"{self._stopping[0]}; a failure came before that")
+            return
         self.gathering = True
         self._idle_generations = 0 if self._progress else self._idle_generations + 1
         if self._progress:

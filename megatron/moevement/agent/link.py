@@ -54,7 +54,7 @@ class WorkerLink:
         # A replacement stands in the failed generation before the one that it joins.
         self._generation = joins - self.replacement
         self._failed = self._acknowledged = self.replacement
-        self._opened, self._end_reason = self._generation, ""
+        self._opened, self._end_reason, self._stop_reason = self._generation, "", ""
         self._beats, self._iteration = 0, NO_ITERATION
         self._abort: Callable[[], None] | None = None
         self._store: Store | None = None
@@ -87,6 +87,11 @@ class WorkerLink:
     def ending(self) -> str:
         """Why the whole job ends; empty while it doesn't."""
         return self._end_reason
+
+    @property
+    def stopping(self) -> str:
+        """Why the job is to stop after an iteration that all ranks agree on; empty while it isn't."""
+        return self._stop_reason
 
     def check(self) -> None:
         """Raises where the current generation has failed.
@@ -179,6 +184,8 @@ class WorkerLink:
                 self._failed = True
             elif message["do"] == "open":
                 self._opened, self._failed = message["generation"], False
+            elif message["do"] == "finish":
+                self._stop_reason = message["reason"]
             elif message["do"] == "end":
                 self._failed, self._end_reason = True, message["reason"]
             self._changed.notify_all()

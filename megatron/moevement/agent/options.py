@@ -52,9 +52,9 @@ def parse(argv: Sequence[str], environment: Mapping[str, str] = os.environ) -> O
     for flag in ("max_failures", "max_failures_without_progress"):
         if getattr(given, flag) < 0:
             parser.error(f"--{flag.replace('_', '-')} {getattr(given, flag)}: give 0 or more")
-    for flag in ("heartbeat_timeout", "hang_timeout", "start_timeout", "grace"):
+    for flag in ("heartbeat_timeout", "hang_timeout", "start_timeout", "stop_timeout", "grace"):
         seconds = getattr(given, f"{flag}_seconds")
-        if not (math.isfinite(seconds) and seconds > 0):
+        if not (math.isfinite(seconds) and (seconds > 0 or (seconds == 0 and flag == "stop_timeout"))):
             parser.error(f"--{flag.replace('_', '-')}-seconds {seconds}: give a number of seconds above 0")
     if given.heartbeat_timeout_seconds < 1:
         parser.error(f"--heartbeat-timeout-seconds {given.heartbeat_timeout_seconds}: give 1 or more")
@@ -77,6 +77,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str] = os.environ) -> O
             hang_seconds=given.hang_timeout_seconds,
             start_seconds=given.start_timeout_seconds,
             heartbeat_seconds=given.heartbeat_timeout_seconds,
+            stop_seconds=given.stop_timeout_seconds,
         ),
         grace_seconds=given.grace_seconds,
         script=(given.script, *given.arguments),
@@ -169,6 +170,11 @@ def _parser() -> OneLineParser:
         ("heartbeat-timeout", defaults.heartbeat_seconds, "silence after which a node is lost"),
         ("hang-timeout", defaults.hang_seconds, "silence of a worker, while others wait, after which it is killed"),
         ("start-timeout", defaults.start_seconds, "for all agents to come, and for a replacement to be ready"),
+        (
+            "stop-timeout",
+            defaults.stop_seconds,
+            "to end an iteration and save when the agent is told to stop; 0: at once",
+        ),
         ("grace", 20.0, "for workers to end by themselves when the job is stopped; then SIGTERM, then SIGKILL"),
     ):
         add(f"--{flag}-seconds", type=float, default=default, metavar="S", help=f"{text} (default: {default:g})")

@@ -65,6 +65,8 @@ class LocalizedTraining:
         self._agreement = Agreement(job.topology.control)
         users = (self._agreement, state, manager, hooks, transcription)
         self._generations = Generations(job, link, users)
+        # Whether training ends before its end, because the agent was told to stop.
+        self.stopped = False
         # Whether job.step is a Step that this rank's state is of.
         self._clean = False
         # Whether this process may still compile what it runs, for longer than others may be kept waiting.
@@ -155,7 +157,10 @@ class LocalizedTraining:
         # A collective that NCCL aborted returns without an error, and with any values: they must not count as decided.
         self._link.check()
         self._settled = self._job.step
-        self._agreement.barrier()
+        # What is a barrier for the update also tells all of them, in the same iteration, that the job is to stop.
+        stop = self._agreement.maximum([float(bool(self._link.stopping))])[0] > 0
+        if stop and self._job.end is not None and self._job.end > self._job.step + 1:
+            self._job.end, self.stopped = self._job.step + 1, True
 
     # ------------------------------------------------------------------------------------------------ recovery
 

@@ -13,7 +13,7 @@ from megatron.moevement import injection
 from megatron.moevement.agent.link import WorkerLink
 from megatron.moevement.argument_checks import check_outputs
 from megatron.moevement.config import SparseCheckpointConfig
-from megatron.moevement.errors import ConfigError, JobEnded, StoreError
+from megatron.moevement.errors import ConfigError, JobEnded, JobStopped, StoreError
 from megatron.moevement.events import EventLog
 from megatron.moevement.integration import distributed, state_digest, train_loop, training_log
 from megatron.moevement.integration.attach import SparseHooks, build_manager, copy_engine, ranks_on_node
@@ -67,6 +67,11 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
         if config.state_digest is not None:
             state_digest.write_state_digest(config.state_digest, job, history)
         distributed.stop()
+    except JobStopped as stopped:
+        distributed.stop()
+        if rank == 0:
+            print(f"the job stops: {stopped}; the same command goes on from there", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_AGAIN) from None
     except JobEnded as error:
         if rank == 0:
             kept = f"slots are kept in {sparse.job_directory}, the same command goes on from them"
@@ -228,7 +233,7 @@ def _train_with_manager(
         if start.source == "slots" and sparse.dense_after_recovery:
             saver.save()
 
-    hooks = SparseHooks(job, manager, saver)
+    hooks, stopped = SparseHooks(job, manager, saver), False
     if link is None:
         begin()
         train_loop.train(job, hooks)
@@ -241,6 +246,7 @@ def _train_with_manager(
             saver.forget()
             train_loop.train(job, localized)
             # Inside, so that a rank that dies in the last save is replaced too.
+            link.beat("saves", resting=True)
             saver.save()
 
         def newest_dense() -> int | None:
@@ -249,6 +255,10 @@ def _train_with_manager(
 
         localized.run(begin, train, newest_dense)
         durable = saver.save()
+        stopped = localized.stopped
+        if stopped and job.config.load != job.config.save:
+            # The next start looks for it in --load alone.
+            durable = False
         transcription.close(keep=sparse.keep or not durable)
     if manager.plan is None and job.topology.rank == 0:
         print(
@@ -258,6 +268,9 @@ def _train_with_manager(
             flush=True,
         )
     kept = manager.finish(durable)
+    if stopped:
+        where = f"slots are kept in {sparse.job_directory}" if kept else f"a dense checkpoint is in {job.config.save}"
+        raise JobStopped(f"{link.stopping if link is not None else ''} after iteration {job.step - 1}, {where}")
     if kept and job.topology.rank == 0:
         print(f"slots kept in {sparse.job_directory} (remove them with the directory)", flush=True)
     return job.history

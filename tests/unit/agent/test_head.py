@@ -249,10 +249,76 @@ def test_a_replacement_that_is_never_ready_is_killed() -> None:
     assert does(cluster.taken()) == [(0, "kill", 1)]
 
 
-def test_who_is_told_to_stop_stops_all() -> None:
+STOP = {"is": "told to stop", "agent": 1, "why": "SIGTERM"}
+FINISH = [(0, "finish", None), (1, "finish", None)]
+END = [(0, "end", None), (1, "end", None)]
+
+
+def stopping() -> Cluster:
+    """One of two nodes whose agent has been told to stop."""
     cluster = Cluster(nodes=2)
     cluster.taken()
-    cluster.head.handle({"is": "told to stop", "agent": 1, "why": "SIGTERM"})
+    cluster.head.handle(STOP)
+    assert does(cluster.taken()) == FINISH and cluster.head.end is None
+    return cluster
+
+
+def test_a_job_that_is_told_to_stop_ends_when_all_workers_have() -> None:
+    cluster = stopping()
+    for rank in range(4):
+        assert not cluster.taken()
+        cluster.about(rank, "ended", status=75, why="exit status 75")
+    assert does(cluster.taken()) == END
+    assert cluster.head.end == (75, "SIGTERM")
+
+
+def test_a_job_that_was_at_its_end_when_it_was_told_to_stop_has_finished() -> None:
+    cluster = stopping()
+    for rank in range(4):
+        cluster.about(rank, "ended", status=0, why="")
+    assert cluster.head.end == (0, "finished")
+
+
+def test_told_twice_or_too_slow_it_stops_at_once() -> None:
+    cluster = stopping()
+    cluster.head.handle(STOP)
+    assert does(cluster.taken()) == END
+    cluster = stopping()
+    cluster.now = 60.0
+    cluster.tick()
+    assert not cluster.taken()
+    cluster.now = 60.1
+    cluster.tick()
+    assert does(cluster.taken()) == END
+    assert cluster.head.end == (75, "SIGTERM; workers took too long (--stop-timeout-seconds)")
+
+
+def test_a_failure_while_it_stops_ends_it() -> None:
+    cluster = stopping()
+    cluster.die(0)
+    assert does(cluster.taken()) == END
+    assert cluster.head.end == (75, "SIGTERM; a failure came before that")
+
+
+def test_status_75_of_a_worker_that_was_not_told_to_stop_is_a_failure() -> None:
+    cluster = Cluster()
+    cluster.taken()
+    cluster.about(0, "ended", status=75, why="exit status 75")
+    assert (0, "start", 0) in does(cluster.taken())
+
+
+def test_between_generations_it_stops_at_once() -> None:
+    cluster = Cluster(nodes=2)
+    cluster.die(0)
+    cluster.taken()
+    cluster.head.handle(STOP)
+    assert does(cluster.taken()) == END
+
+
+def test_without_patience_who_is_told_to_stop_stops_all() -> None:
+    cluster = Cluster(nodes=2, limits=Limits(stop_seconds=0))
+    cluster.taken()
+    cluster.head.handle(STOP)
     assert does(cluster.taken()) == [(0, "end", None), (1, "end", None)]
     cluster.die(0)
     assert not cluster.taken()

@@ -27,12 +27,17 @@ def test_one_node_needs_nothing_but_a_script() -> None:
 def test_every_flag_arrives() -> None:
     words = "--nnodes 3 --node-rank 2 --head h1:2900 --replacement fork --preload json,os --max-failures 7".split()
     words += "--max-failures-without-progress 2 --heartbeat-timeout-seconds 4 --hang-timeout-seconds 9".split()
-    options = parse([*words, *"--start-timeout-seconds 60 --grace-seconds 3".split(), SCRIPT])
+    options = parse([*words, *"--start-timeout-seconds 60 --grace-seconds 3 --stop-timeout-seconds 0".split(), SCRIPT])
     assert (options.nnodes, options.node_rank, options.head) == (3, 2, ("h1", 2900))
     assert (options.replacement, options.preload, options.grace_seconds) == ("fork", ("json", "os"), 3.0)
     limits = options.limits
     assert (limits.failures, limits.idle_failures) == (7, 2)
-    assert (limits.heartbeat_seconds, limits.hang_seconds, limits.start_seconds) == (4.0, 9.0, 60.0)
+    assert (limits.heartbeat_seconds, limits.hang_seconds, limits.start_seconds, limits.stop_seconds) == (
+        4.0,
+        9.0,
+        60.0,
+        0.0,
+    )
     spare = parse(["--nnodes", "2", "--spare", "--head", "[::1]:2900", SCRIPT])
     assert (spare.node_rank, spare.head) == (None, ("::1", 2900))
 

@@ -21,7 +21,7 @@ class Link:
     def __init__(self) -> None:
         self.generation, self.failed, self.replacement = 0, False, False
         self.rank, self.world_size = 0, 1
-        self.ends = self.ending = ""
+        self.ends = self.ending = self.stopping = ""
         self.points: list[str] = []
         self.abort: Callable[[], None] = print
 

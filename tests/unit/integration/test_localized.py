@@ -116,6 +116,30 @@ def test_a_failure_in_a_recovery_starts_it_again(
     assert lab.decisions() == ["none", "none"] and lab.link.generation == 3
 
 
+@pytest.mark.parametrize(("when", "ends"), [(2, 3), (5, 6)])
+def test_told_to_stop_it_ends_after_the_iteration(
+    build: Callable[..., TrainingJob], tmp_path: Path, when: int, ends: int
+) -> None:
+    link = Link()
+
+    class Told(Lab):
+        def train(self) -> None:
+            inner = self.job.agree_to_update
+
+            def told() -> None:
+                link.stopping = "SIGTERM" if self.job.step == when else ""
+                inner()
+
+            self.job.agree_to_update = told
+            super().train()
+
+    lab = Told(build(**FLAGS), tmp_path, link)
+    lab.run()
+    assert lab.job.step == ends
+    # In the last iteration there is nothing to stop.
+    assert lab.training.stopped == (ends < 6)
+
+
 def test_a_replacement_starts_with_a_recovery(build: Callable[..., TrainingJob], tmp_path: Path) -> None:
     wanted = Lab(build(**FLAGS), tmp_path / "calm", Link()).run()
     first = Lab(build(**FLAGS, exit_interval=4), tmp_path / "lost", Link())
