@@ -183,6 +183,8 @@ def parse() -> argparse.Namespace:
     # Quartiles need two.
     if min(counted, options.slow_iterations) < 2:
         refuse("--blocks, --block and --slow-iterations: at least two iterations of each variant must count")
+    if options.baseline_every < 1:
+        refuse(f"--baseline-every {options.baseline_every}: give 1 or more")
     names = options.variants.split(",")
     if options.window != "auto" and not (options.window.isdigit() and int(options.window) > 0):
         refuse(f"--window {options.window}: give a number of slots or auto")

@@ -20,11 +20,11 @@ from megatron.moevement.errors import MoevementError
 from megatron.moevement.training_config import TrainingConfig
 from scripts.bench.device_time import profiled
 from scripts.bench.variants import (
-    BASELINES,
     SLOW,
     Block,
     blocks_of,
     make_hooks,
+    of_round,
     slow_hook,
     warm_slots,
     warm_transcripts,
@@ -102,8 +102,7 @@ def measure(config: TrainingConfig, sparse: SparseCheckpointConfig, options: arg
             block(1)
             say(f"{name}: first iteration")
         for number in range(options.blocks):
-            baselines = BASELINES if number % options.baseline_every else ()
-            record.round({name: block for name, block in blocks.items() if name not in baselines}, options.block)
+            record.round(of_round(blocks, number, options.baseline_every), options.block)
             say(f"block {number + 1} of {options.blocks}: {record.medians()}")
             raw["slots"] = slots.figures() if slots is not None else {}
             raw["transcript"] = transcripts.figures() if transcripts is not None else {}

@@ -146,6 +146,12 @@ def blocks_of(
     return blocks
 
 
+def of_round(blocks: Mapping[str, Any], number: int, baseline_every: int) -> dict[str, Any]:
+    """The variants that take part in a round; the first round has all of them."""
+    left_out = BASELINES if number % baseline_every else ()
+    return {name: block for name, block in blocks.items() if name not in left_out}
+
+
 def _recorded(transcripts: Transcripts, name: str, run: Block, iterations: int) -> list[tuple[float, float]]:
     with transcripts.recording(name):
         return run(iterations)

@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from megatron.moevement import arguments
 from scripts.bench import overhead
-from scripts.bench.device_time import awaited, covered
+from scripts.bench.device_time import awaited, covered, idle_before
 from scripts.bench.overhead_worker import Clock, Record
+from scripts.bench.variants import of_round
 
 
 def parsed(monkeypatch: pytest.MonkeyPatch, *flags: str) -> Any:
@@ -29,6 +30,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch, *flags: str) -> Any:
         ("--blocks", "-2", "--block", "-2"),
         ("--block", "1"),
         ("--slow-iterations", "1"),
+        ("--baseline-every", "0"),
         ("--variants", "sparse"),
         ("--variants", "off,sparsely"),
         ("--variants", "off,sparse-copy:digests=off"),
@@ -91,6 +93,12 @@ def test_two_iterations_are_enough(flags: tuple[str, ...], monkeypatch: pytest.M
     assert found["sparse"]["overhead_of_block_pairs"] == [0.25]
     assert found["off"]["on_device"]["idle_seconds"] == 0.1
     assert found["sparse"]["overhead_interval_95"] is None, "one pair says nothing about others"
+
+
+def test_baselines_take_part_in_some_rounds_only() -> None:
+    blocks = dict.fromkeys(("off", "sparse", "dense-sync", "sparse-copy"), print)
+    taken = [list(of_round(blocks, number, 3)) for number in range(4)]
+    assert taken == [list(blocks), ["off", "sparse"], ["off", "sparse"], list(blocks)]
 
 
 def test_every_block_has_one_without_beside_it() -> None:
@@ -192,3 +200,9 @@ def test_what_is_waited_for_before_small_copies() -> None:
     spans = [(0.0, 2.0, False), (3.0, 3.1, True), (3.5, 5.0, False), (4.0, 4.1, True), (6.0, 7.0, False)]
     assert awaited(spans[::-1]) == 1.0
     assert awaited([(1.0, 2.0, True)]) == 0.0
+
+
+def test_which_kernels_the_device_was_idle_before() -> None:
+    spans = [(0.0, 2.0, "gemm"), (3.0, 4.0, "adam"), (3.5, 3.8, "copy"), (4.5, 5.0, "gemm"), (7.0, 8.0, "adam")]
+    assert idle_before(spans[::-1]) == {"adam": 3.0, "gemm": 0.5}
+    assert idle_before([(1.0, 2.0, "gemm")]) == {}
