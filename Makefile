@@ -21,7 +21,7 @@ $(STAMP): requirements.txt setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.
 	@command -v g++ >/dev/null || { echo "make: error: g++ not found; install a C++17 compiler"; exit 2; }
 	@echo "set-up: virtual environment in $(VENV) ($(PYTHON))"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "set-up: dependencies (torch is large: a minute or two)"
+	@echo "set-up: dependencies (torch is large: minutes)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@echo "set-up: extension"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .

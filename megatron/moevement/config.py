@@ -169,7 +169,8 @@ class SparseCheckpointConfig:
     dense_after_recovery: bool = _knob(
         True,
         "--sparse-ckpt-dense-after-recovery",
-        "Write a dense checkpoint to --save right after a conversion.",
+        "Write a dense checkpoint to --save right after a conversion on all ranks; a stage that recovers alone writes "
+        "none.",
         type=on_off_argument,
         metavar="on|off",
     )

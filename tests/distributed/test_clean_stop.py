@@ -57,10 +57,10 @@ def test_it_saves_and_goes_on_from_the_checkpoint(lab: Lab, tmp_path: Path, numb
     assert stopped.outcome.statuses == [75], stopped.output
     assert f"stopping after this iteration: agent 0 was told to ({number.name})" in stopped.output
     (said,) = re.findall(r"the job stops: .* after iteration (\d+), a dense checkpoint is in", stopped.output)
-    assert int(said) >= STOP_AT and not stopped.left and not stopped.recoveries()
+    assert int(said) > STOP_AT and not stopped.left and not stopped.recoveries()
     assert not list((tmp_path / "slots").glob("*/*")), "nothing is left in the host's memory"
     campaign = undisturbed(job).run()
-    assert f"dense checkpoint of step {int(said) + 1} loaded" in campaign.output
+    assert f"dense checkpoint of step {said} loaded" in campaign.output
     assert_exact(lab, SCENARIO, campaign)
 
 

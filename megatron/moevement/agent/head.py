@@ -205,6 +205,8 @@ class Head:
             for local_rank in range(slots):
                 member = Member(len(self.members), home, local_rank, slots)
                 self.members[member.rank] = member
+        where = "this node" if len(homes) == 1 else f"{len(homes)} nodes"
+        self._say(f"starting {len(self.members)} workers on {where}")
         for member in self.members.values():
             self._start(member, first=True)
 

@@ -55,7 +55,8 @@ def parse(argv: Sequence[str], environment: Mapping[str, str] = os.environ) -> O
     for flag in ("heartbeat_timeout", "hang_timeout", "start_timeout", "stop_timeout", "grace"):
         seconds = getattr(given, f"{flag}_seconds")
         if not (math.isfinite(seconds) and (seconds > 0 or (seconds == 0 and flag == "stop_timeout"))):
-            parser.error(f"--{flag.replace('_', '-')}-seconds {seconds}: give a number of seconds above 0")
+            least = "0 or more" if flag == "stop_timeout" else "a number of seconds above 0"
+            parser.error(f"--{flag.replace('_', '-')}-seconds {seconds}: give {least}")
     if given.heartbeat_timeout_seconds < 1:
         parser.error(f"--heartbeat-timeout-seconds {given.heartbeat_timeout_seconds}: give 1 or more")
     if not Path(given.script).is_file():

@@ -261,19 +261,21 @@ def _train_with_manager(
             durable = False
         transcription.close(keep=sparse.keep or not durable)
     if manager.plan is None and job.topology.rank == 0:
-        print(
-            f"no slot was taken: the run ended before --sparse-ckpt-window auto had measured (it takes "
-            f"{sparse.measure_iterations + PROBED_ITERATIONS} iterations); force --sparse-ckpt-window for short runs",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(_no_slot_was_taken(sparse), file=sys.stderr, flush=True)
     kept = manager.finish(durable)
     if stopped:
         where = f"slots are kept in {sparse.job_directory}" if kept else f"a dense checkpoint is in {job.config.save}"
-        raise JobStopped(f"{link.stopping if link is not None else ''} after iteration {job.step - 1}, {where}")
+        raise JobStopped(f"{link.stopping if link is not None else ''} after iteration {job.step}, {where}")
     if kept and job.topology.rank == 0:
         print(f"slots kept in {sparse.job_directory} (remove them with the directory)", flush=True)
     return job.history
+
+
+def _no_slot_was_taken(sparse: SparseCheckpointConfig) -> str:
+    return (
+        f"no slot was taken: the run ended before --sparse-ckpt-window auto had measured (it takes "
+        f"{sparse.measure_iterations + PROBED_ITERATIONS} iterations); force --sparse-ckpt-window for short runs"
+    )
 
 
 def _newest_dense(job: TrainingJob, also_save: bool) -> tuple[str, int] | None:
@@ -290,7 +292,7 @@ def _newest_dense(job: TrainingJob, also_save: bool) -> tuple[str, int] | None:
         if step is not None:
             candidates.append((step, str(directory)))
         elif directory == job.config.load and job.topology.rank == 0:
-            print(f"--load {directory}: no dense checkpoint there", file=sys.stderr, flush=True)
+            print(f"warning: --load {directory}: no dense checkpoint there", file=sys.stderr, flush=True)
     if not candidates:
         return None
     step, directory = max(candidates)

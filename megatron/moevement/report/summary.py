@@ -129,8 +129,14 @@ def recovery_table(found: Sequence[Outcome]) -> Table:
             _seconds(item.back_seconds),
         )
     if any(item.replayed_after for item in found):
-        table.caption, table.caption_justify = "a + b: b iterations after a further kill in the recovery", "left"
+        table.caption, table.caption_justify = _AFTER_A_FURTHER_KILL, "left"
     return table
+
+
+# What the column "replayed" says there.
+_AFTER_A_FURTHER_KILL = (
+    "a + b: b after a further kill in the recovery, side by side with its stage (counted once below)"
+)
 
 
 def _replays_text(item: Outcome) -> str:

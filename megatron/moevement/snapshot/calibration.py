@@ -130,8 +130,10 @@ class Calibration:
             # There is nothing to copy, and no limit.
             self._beside = [rates[best]] * PROBED_ITERATIONS
         if then_beside_training and self._probe.nbytes:
-            # More than fits, so that the link is busy all the time.
-            self._times = 1 + math.ceil(rates[best] * seconds / self._probe.nbytes)
+            # More than fits, so that the link is busy all the time; but no more than all of the state, which no slot
+            # exceeds: on the CPU copies take the cores from training.
+            state = sum(piece.nbytes for piece in full_pieces(self._state))
+            self._times = math.ceil(min(rates[best] * seconds + self._probe.nbytes, state) / self._probe.nbytes)
         else:
             self._forget_probe()
         events.emit("calibration", **self.found.fields())
