@@ -139,6 +139,7 @@ def test_the_very_beginning_and_the_very_end(lab: Lab, tmp_path: Path, shared_me
     assert not (shared_memory / "job").exists(), "the last step is durable: nothing stays in shared memory"
 
 
+@pytest.mark.long
 def test_a_run_with_an_exit_interval_ends_where_it_would_have(lab: Lab, tmp_path: Path, shared_memory: Path) -> None:
     """Although a rank dies after the last iteration of the interval, and another one in that recovery."""
     ending = Layout(3, False, "rolling").scenario(16, f"{UNTIED} --exit-interval 8")
@@ -183,6 +184,7 @@ def test_a_worker_that_is_lost_before_training(lab: Lab, tmp_path: Path, shared_
     assert len(struck) == 2 and "Traceback" not in campaign.output, campaign.output[-4000:]
 
 
+@pytest.mark.long
 def test_lost_while_the_window_is_still_measured(lab: Lab, tmp_path: Path, shared_memory: Path) -> None:
     """All go on from a dense checkpoint, and must choose the window in the same iteration: that is collective."""
     calm = Layout(3, False, "rolling").scenario(16)

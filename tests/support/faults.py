@@ -302,7 +302,7 @@ def _flip_delivered_bit(_fault: Fault) -> None:
 
 
 def _hold_before_update(fault: Fault) -> None:
-    """The barrier before the update of the iteration ends on the other ranks, and on this one by their failure."""
+    """The agreement before the update of the iteration ends on the other ranks, and on this one by their failure."""
     import time
 
     from megatron.moevement.agent.link import WorkerLink
@@ -314,7 +314,7 @@ def _hold_before_update(fault: Fault) -> None:
         if (point, iteration) == ("update", fault["iteration"]):
             held.append(link)
 
-    def hold(_agreement: Any) -> None:
+    def hold(_agreement: Any, _values: Any) -> None:
         if held:
             link = held.pop()
             while not link.failed:
@@ -322,7 +322,7 @@ def _hold_before_update(fault: Fault) -> None:
             link.check()
 
     _before(WorkerLink, "beat", note)
-    _after(Agreement, "barrier", hold)
+    _after(Agreement, "maximum", hold)
 
 
 def _lose_files(fault: Fault) -> None:
