@@ -86,10 +86,7 @@ MODELS = {
         "--disable-bias-linear --hidden-dropout 0 --attention-dropout 0 --micro-batch-size 2 --global-batch-size 16 "
         "--pipeline-model-parallel-size 4 --untie-embeddings-and-output-weights --distributed-backend gloo",
     ),
-    "64-experts": (
-        1,
-        LARGE + "--num-experts 64 --moe-ffn-hidden-size 2048 --moe-router-topk 8",
-    ),
+    "64-experts": (1, LARGE + "--num-experts 64 --moe-ffn-hidden-size 2048 --moe-router-topk 8"),
 }
 # Variants that write a transcript, and those whose name may be followed by switches.
 TRANSCRIBED = ("transcript", "sparse-transcript")

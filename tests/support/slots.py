@@ -64,6 +64,7 @@ class MemoryState:
         return start_state(step), [MemoryRange(ctypes.addressof(self.buffer), BUFFER.nbytes)]
 
     def arrival(self) -> Callable[[], bool]:
+        """See TrainingState."""
         return lambda: True
 
     def stream(self) -> int:

@@ -233,7 +233,9 @@ def _train_with_manager(
         if start.source == "slots" and sparse.dense_after_recovery:
             saver.save()
 
-    hooks, stopped = SparseHooks(job, manager, saver), False
+    hooks = SparseHooks(job, manager, saver)
+    # Why training ended before its end, if it did.
+    stopped: str | None = None
     if link is None:
         begin()
         train_loop.train(job, hooks)
@@ -255,17 +257,17 @@ def _train_with_manager(
 
         localized.run(begin, train, newest_dense)
         durable = saver.save()
-        stopped = localized.stopped
-        if stopped and job.config.load != job.config.save:
+        stopped = link.stopping if localized.stopped else None
+        if stopped is not None and job.config.load != job.config.save:
             # The next start looks for it in --load alone.
             durable = False
         transcription.close(keep=sparse.keep or not durable)
     if manager.plan is None and job.topology.rank == 0:
         print(_no_slot_was_taken(sparse), file=sys.stderr, flush=True)
     kept = manager.finish(durable)
-    if stopped:
+    if stopped is not None:
         where = f"slots are kept in {sparse.job_directory}" if kept else f"a dense checkpoint is in {job.config.save}"
-        raise JobStopped(f"{link.stopping if link is not None else ''} after iteration {job.step}, {where}")
+        raise JobStopped(f"{stopped} after iteration {job.step}, {where}")
     if kept and job.topology.rank == 0:
         print(f"slots kept in {sparse.job_directory} (remove them with the directory)", flush=True)
     return job.history

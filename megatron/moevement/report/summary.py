@@ -109,6 +109,12 @@ def _decided(base: Outcome, kill: Kill, noticed: float | None, decision: Event, 
     return Outcome(**{**asdict(base), **values})
 
 
+# What the column "replayed" says of kills in recoveries.
+_AFTER_A_FURTHER_KILL = (
+    "a + b: b after a further kill in the recovery, side by side with its stage (counted once below)"
+)
+
+
 def recovery_table(found: Sequence[Outcome]) -> Table:
     """The kills as a table for a terminal."""
     # Narrow enough for 80 columns.
@@ -131,12 +137,6 @@ def recovery_table(found: Sequence[Outcome]) -> Table:
     if any(item.replayed_after for item in found):
         table.caption, table.caption_justify = _AFTER_A_FURTHER_KILL, "left"
     return table
-
-
-# What the column "replayed" says there.
-_AFTER_A_FURTHER_KILL = (
-    "a + b: b after a further kill in the recovery, side by side with its stage (counted once below)"
-)
 
 
 def _replays_text(item: Outcome) -> str:

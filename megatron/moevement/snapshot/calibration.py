@@ -115,8 +115,8 @@ class Calibration:
         """
         # What makes an iteration longer than another comes from outside, and the slot must fit into the short ones.
         seconds = min(self._time.seconds[1:])
-        place = (self._directory, self._rank, self._state.stream())
-        self._probe = LinkProbe(self._engine, full_pieces(self._state), *place)
+        pieces, place = full_pieces(self._state), (self._directory, self._rank, self._state.stream())
+        self._probe = LinkProbe(self._engine, pieces, *place)
         try:
             rates = measure_bandwidth(self._probe, self._engine, self._chunks)
         except BaseException:
@@ -132,7 +132,7 @@ class Calibration:
         if then_beside_training and self._probe.nbytes:
             # More than fits, so that the link is busy all the time; but no more than all of the state, which no slot
             # exceeds: on the CPU copies take the cores from training.
-            state = sum(piece.nbytes for piece in full_pieces(self._state))
+            state = sum(piece.nbytes for piece in pieces)
             self._times = math.ceil(min(rates[best] * seconds + self._probe.nbytes, state) / self._probe.nbytes)
         else:
             self._forget_probe()
