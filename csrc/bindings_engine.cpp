@@ -33,12 +33,11 @@ std::unique_ptr<CopyEngine, DeleteInOwner> make_engine(const std::string& device
                                                        std::size_t max_queued_tickets, std::size_t max_finished_tickets,
                                                        double bytes_per_second_limit,
                                                        std::size_t burst_chunks_in_flight,
-                                                       std::uint64_t max_chunk_bytes, std::size_t chunk_growth,
+                                                       std::uint64_t max_chunk_bytes,
                                                        std::uint64_t gather_bytes_limit, std::size_t copy_streams) {
-  EngineLimits limits{chunk_bytes,          chunks_in_flight,       max_queued_tickets,
+  const EngineLimits limits{chunk_bytes,          chunks_in_flight,       max_queued_tickets,
                       max_finished_tickets, bytes_per_second_limit, burst_chunks_in_flight,
                       max_chunk_bytes};
-  limits.chunk_growth = chunk_growth;
   check_limits(limits);
   std::unique_ptr<CopyDevice> copier;
   if (device == "cpu") {
@@ -165,13 +164,10 @@ Raises EngineError when the device can't record that.)")
       .def("resume", &CopyEngine::resume, py::arg("pause"), ReleaseGil(),
            "End a pause, begun or not; nothing happens when it is over.")
       .def("set_chunks", &CopyEngine::set_chunks, py::arg("chunk_bytes"), py::arg("chunks_in_flight"),
-           py::arg("growth") = py::none(), ReleaseGil(),
+           ReleaseGil(),
            R"(Change the bytes of a chunk and how many are in flight, for chunks started from now on.
 
-growth: while the link runs dry, because the driver keeps the engine's thread waiting, each next chunk of a ticket is
-twice as large, up to so many times chunk_bytes, which max_chunk_bytes doesn't limit; after eight chunks in time, half as
-large. After a pause and in the next ticket they are small again. None is the engine's chunk_growth.
-Raises ValueError unless chunk_bytes is 1 to max_chunk_bytes, chunks_in_flight 1 to 64 and growth 1 to 64.)");
+Raises ValueError unless chunk_bytes is 1 to max_chunk_bytes and chunks_in_flight 1 to 64.)");
 }
 
 }  // namespace
@@ -185,8 +181,7 @@ device: 'cpu' or 'cuda'. chunk_bytes: bytes a chunk. chunks_in_flight: chunks st
 max_queued_tickets: unfinished tickets, running ones included. max_finished_tickets: finished tickets that can
 still be asked for; older ones are dropped. bytes_per_second_limit: 0 is none. burst_chunks_in_flight: chunks in flight
 for hurried tickets, if that is more than chunks_in_flight (64 at most). max_chunk_bytes: the most that set_chunks may ask for; a
-larger chunk_bytes raises it. chunk_growth: see set_chunks; 1 is none. gather_bytes_limit: device memory through which
-small pieces travel together, 0 is none.
+larger chunk_bytes raises it. gather_bytes_limit: device memory through which small pieces travel together, 0 is none.
 copy_streams: CUDA streams on which chunks take turns (1 to 8), each chunk behind the one before; with one only, other
 copies of the process can be held up until the engine is idle.
 Raises ValueError for limits out of range, EngineError when 'cuda' is asked for and there is none.
@@ -200,7 +195,6 @@ An engine belongs to the process that made it; in a fork its methods raise Engin
              py::arg("bytes_per_second_limit") = 0.0,
              py::arg("burst_chunks_in_flight") = EngineLimits{}.burst_chunks_in_flight,
              py::arg("max_chunk_bytes") = EngineLimits{}.max_chunk_bytes,
-             py::arg("chunk_growth") = EngineLimits{}.chunk_growth,
              py::arg("gather_bytes_limit") = std::uint64_t{32} << 20, py::arg("copy_streams") = kCopyStreams,
              ReleaseGil());
   bind_submits(engine);

@@ -44,8 +44,6 @@ class CopyDevice {
   virtual void copy_chunk(const Chunk& chunk, std::size_t slot) = 0;
   // Waits for the oldest chunk that is not over yet, which is in `slot`.
   virtual void finish(std::size_t slot) = 0;
-  // Whether the chunk in `slot` is over already; always false where the worker itself copies, which never falls behind.
-  virtual bool over(std::size_t slot) = 0;
   // Returns when no copy is in flight, whatever went wrong before.
   virtual void drain() noexcept = 0;
   // False when an earlier error makes every later call fail too.

@@ -43,7 +43,7 @@ const char* state_name(TicketState state) {
 
 CopyEngine::CopyEngine(std::unique_ptr<CopyDevice> device, const EngineLimits& limits)
     : owner_(::getpid()), limits_(checked(limits)), device_(std::move(device)),
-      chunk_bytes_(limits.chunk_bytes), chunks_in_flight_(limits.chunks_in_flight), growth_(limits.chunk_growth),
+      chunk_bytes_(limits.chunk_bytes), chunks_in_flight_(limits.chunks_in_flight),
       worker_([this] { run(); }) {}
 
 CopyEngine::~CopyEngine() { close(); }
@@ -220,15 +220,12 @@ void CopyEngine::resume(std::uint64_t pause) {
   notify_worker();
 }
 
-void CopyEngine::set_chunks(std::uint64_t chunk_bytes, std::size_t chunks_in_flight,
-                            std::optional<std::size_t> growth) {
+void CopyEngine::set_chunks(std::uint64_t chunk_bytes, std::size_t chunks_in_flight) {
   require_owner();
-  const std::size_t times = growth.value_or(limits_.chunk_growth);
-  check_chunks(chunk_bytes, chunks_in_flight, std::max(limits_.max_chunk_bytes, limits_.chunk_bytes), times);
+  check_chunks(chunk_bytes, chunks_in_flight, std::max(limits_.max_chunk_bytes, limits_.chunk_bytes));
   const Lock lock(mutex_);
   chunk_bytes_ = chunk_bytes;
   chunks_in_flight_ = chunks_in_flight;
-  growth_ = times;
   notify_worker();
 }
 

@@ -81,11 +81,8 @@ class CopyEngine {
   // takes, which does nothing for a pause that is over.
   std::uint64_t pause(std::optional<std::uint64_t> stream = std::nullopt);
   void resume(std::uint64_t pause);
-  // For chunks started from now on. `growth`, by default the limit chunk_growth: a ticket's chunks become up to so many
-  // times larger while the link runs dry, because the worker comes too late with the next one; they become smaller while
-  // it doesn't, and are small again after a pause. Throws std::invalid_argument.
-  void set_chunks(std::uint64_t chunk_bytes, std::size_t chunks_in_flight,
-                  std::optional<std::size_t> growth = std::nullopt);
+  // For chunks started from now on. Throws std::invalid_argument.
+  void set_chunks(std::uint64_t chunk_bytes, std::size_t chunks_in_flight);
 
   // Pins host memory until it is unregistered or the engine closes; false on the CPU. Throw EngineError.
   bool register_host(std::uint64_t address, std::uint64_t nbytes);
@@ -126,8 +123,6 @@ class CopyEngine {
     std::optional<Direction> direction;
     std::optional<Clock::time_point> spread_until;  // its last chunk is due then
     Clock::time_point next_at{};    // when the spreading allows the next chunk
-    std::size_t grown = 1;          // how many times larger its chunks are
-    std::size_t in_time = 0;        // chunks since then that were started while the link was busy
   };
   using TicketRef = std::shared_ptr<Ticket>;
   struct Flight {
@@ -170,8 +165,7 @@ class CopyEngine {
   bool ready(Ticket& ticket, Clock::time_point& wake);
   bool serve(const TicketRef& ticket);
   bool has_room(const Ticket& ticket);
-  bool ran_dry();
-  std::optional<ChunkRules> begin_chunk(Ticket& ticket, bool dry);
+  std::optional<ChunkRules> begin_chunk(Ticket& ticket);
   void pay(Ticket& ticket, const Chunk& chunk);
   bool finish_oldest();
   bool fail(const TicketRef& ticket, const std::string& error, bool doubt_others);
@@ -195,7 +189,6 @@ class CopyEngine {
   std::size_t unfinished_ = 0;
   std::uint64_t chunk_bytes_;
   std::size_t chunks_in_flight_;
-  std::size_t growth_;
   std::deque<Pause> pauses_;  // oldest first
   std::uint64_t last_pause_ = 0;
   bool closing_ = false;

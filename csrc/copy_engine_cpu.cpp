@@ -20,7 +20,6 @@ class CpuDevice final : public CopyDevice {
     }
   }
   void finish(std::size_t) override {}
-  bool over(std::size_t) override { return false; }
   void drain() noexcept override {}
   bool usable() noexcept override { return true; }
   bool register_host(std::uint64_t, std::uint64_t) override { return false; }

@@ -46,9 +46,10 @@ class StreamFence final : public Fence {
 // Everything that belongs to one place in the row of chunks in flight.
 struct Slot {
   CudaEvent gathered;  // the pieces are in the staging memory
-  CudaEvent copied;    // the link is free again
+  CudaEvent copied;    // the link is free again; of a chunk that is scattered, which is over later
   CudaEvent over;
   bool staged = false;
+  bool scattered = false;
 };
 
 void copy_async(std::uint64_t source, std::uint64_t destination, std::uint64_t bytes, cudaStream_t stream) {
@@ -120,15 +121,17 @@ class CudaDevice final : public CopyDevice {
       MOEVEMENT_CUDA(cudaEventRecord(here.gathered.get(), gathers_.get()));
       MOEVEMENT_CUDA(cudaStreamWaitEvent(stream, here.gathered.get(), 0));
     }
+    here.scattered = here.staged && !to_host;
     // What goes into staging memory alone need not wait until the chunk before is scattered.
-    const bool only_staged = here.staged && !to_host && all_gathered(chunk);
+    const bool only_staged = here.scattered && all_gathered(chunk);
     if (before_ != nullptr) {
-      const CudaEvent& needed = only_staged ? before_->copied : before_->over;
+      const CudaEvent& needed = only_staged && before_->scattered ? before_->copied : before_->over;
       MOEVEMENT_CUDA(cudaStreamWaitEvent(stream, needed.get(), 0));
     }
     for (const Run& run : chunk.runs) copy_run(chunk, run, here.staged, staging, stream);
-    MOEVEMENT_CUDA(cudaEventRecord(here.copied.get(), stream));
-    if (here.staged && !to_host) {
+    // Calls of the driver are what a busy training notices of chunks: no more of them than are needed.
+    if (here.scattered) {
+      MOEVEMENT_CUDA(cudaEventRecord(here.copied.get(), stream));
       if (only_staged && before_ != nullptr) MOEVEMENT_CUDA(cudaStreamWaitEvent(stream, before_->over.get(), 0));
       move_pieces(chunk, staging, stream);
     }
@@ -138,12 +141,11 @@ class CudaDevice final : public CopyDevice {
     before_ = &here;
   }
 
-  bool over(std::size_t slot) override {
-    return is_over(cudaEventQuery(slots_[slot]->over.get()), "cudaEventQuery(chunk)", MOEVEMENT_HERE);
-  }
-
   void finish(std::size_t slot) override {
-    while (!over(slot)) std::this_thread::sleep_for(kFinishPollEvery);
+    const cudaEvent_t over = slots_[slot]->over.get();
+    while (!is_over(cudaEventQuery(over), "cudaEventQuery(chunk)", MOEVEMENT_HERE)) {
+      std::this_thread::sleep_for(kFinishPollEvery);
+    }
     if (slots_[slot]->staged) ring_.give_back_oldest();
   }
 

@@ -37,17 +37,15 @@ bool is_seconds(double value) { return value >= 0 && value <= kMaxSeconds; }
 
 }  // namespace
 
-void check_chunks(std::uint64_t chunk_bytes, std::size_t chunks_in_flight, std::uint64_t max_chunk_bytes,
-                  std::size_t growth) {
+void check_chunks(std::uint64_t chunk_bytes, std::size_t chunks_in_flight, std::uint64_t max_chunk_bytes) {
   require(chunk_bytes >= 1 && chunk_bytes <= max_chunk_bytes,
           "chunk_bytes must be 1 to " + std::to_string(max_chunk_bytes), MOEVEMENT_HERE);
   require(chunks_in_flight >= 1 && chunks_in_flight <= kMaxChunksInFlight, "chunks_in_flight must be 1 to 64",
           MOEVEMENT_HERE);
-  require(growth >= 1 && growth <= kMaxChunkGrowth, "growth must be 1 to 64", MOEVEMENT_HERE);
 }
 
 void check_limits(const EngineLimits& limits) {
-  check_chunks(limits.chunk_bytes, limits.chunks_in_flight, kLargestChunkBytes, limits.chunk_growth);
+  check_chunks(limits.chunk_bytes, limits.chunks_in_flight, kLargestChunkBytes);
   require(is_seconds(limits.longest_pause_seconds), "longest_pause_seconds must be 0 to 1e8", MOEVEMENT_HERE);
   require(limits.max_chunk_bytes >= 1 && limits.max_chunk_bytes <= kLargestChunkBytes,
           "max_chunk_bytes must be 1 to 2^30", MOEVEMENT_HERE);

@@ -11,8 +11,6 @@
 
 namespace moevement {
 
-constexpr std::size_t kMaxChunkGrowth = 64;
-
 struct EngineLimits {
   std::uint64_t chunk_bytes = std::uint64_t{4} << 20;
   std::size_t chunks_in_flight = 2;
@@ -21,7 +19,6 @@ struct EngineLimits {
   double bytes_per_second_limit = 0;         // 0: none
   std::size_t burst_chunks_in_flight = 0;    // for tickets that are waited for, if more than chunks_in_flight
   std::uint64_t max_chunk_bytes = std::uint64_t{16} << 20;  // for set_chunks; a larger chunk_bytes raises it
-  std::size_t chunk_growth = 8;              // times, while the link runs dry; 1: never
   double longest_pause_seconds = 0.005;
 };
 
@@ -40,8 +37,7 @@ struct SubmitOptions {
 };
 
 void check_limits(const EngineLimits& limits);
-void check_chunks(std::uint64_t chunk_bytes, std::size_t chunks_in_flight, std::uint64_t max_chunk_bytes,
-                  std::size_t growth);
+void check_chunks(std::uint64_t chunk_bytes, std::size_t chunks_in_flight, std::uint64_t max_chunk_bytes);
 void check_batch(const std::vector<CopyPiece>& batch, const SubmitOptions& options);
 double checked_timeout(double timeout_seconds);
 

@@ -17,8 +17,6 @@ constexpr auto kFencePollEvery = std::chrono::microseconds(50);
 // Descriptors hold 32-bit offsets.
 constexpr std::uint64_t kMaxStagingShare = std::uint64_t{1} << 31;
 constexpr std::size_t kMaxNamedGroups = 4;
-// A training that lets the engine's thread in again, or has small copies, is to meet small chunks soon.
-constexpr std::size_t kShrinkAfter = 8;
 
 // The names of the groups that have bytes between `begin` and `end`, as the start of an error.
 template <typename Groups>
@@ -212,9 +210,7 @@ bool CopyEngine::ready(Ticket& ticket, Clock::time_point& wake) {
     ticket.fence.reset();
     if (!ticket.hurried) {
       at = std::max(at, ticket.next_at);
-      const auto resumed = ticket.priority == 0 ? pause_end(now) : now;
-      if (resumed > now) ticket.grown = 1;
-      at = std::max(at, resumed);
+      if (ticket.priority == 0) at = std::max(at, pause_end(now));
     }
   }
   if (passed && at <= now) return true;
@@ -225,7 +221,7 @@ bool CopyEngine::ready(Ticket& ticket, Clock::time_point& wake) {
 // Starts the ticket's next chunk, or finishes another one first.
 bool CopyEngine::serve(const TicketRef& ticket) {
   if (!has_room(*ticket)) return finish_oldest();
-  const auto rules = begin_chunk(*ticket, ran_dry());
+  const auto rules = begin_chunk(*ticket);
   if (!rules) return true;
   Chunk chunk;
   try {
@@ -251,23 +247,8 @@ bool CopyEngine::has_room(const Ticket& ticket) {
   return flights_.size() < (ticket.hurried ? burst() : chunks_in_flight_);
 }
 
-// Whether the link has nothing to do, although there are chunks to start: beside a training that launches far ahead the
-// driver can keep this thread waiting in each of its calls, so that fewer and larger chunks are needed.
-bool CopyEngine::ran_dry() {
-  {
-    const Lock lock(mutex_);
-    if (growth_ == 1) return false;
-  }
-  try {
-    return !flights_.empty() && device_->over(flights_.back().slot);
-  } catch (const EngineError&) {
-    // Whoever starts or finishes the next chunk meets the error as well.
-    return false;
-  }
-}
-
 // The rules for the ticket's next chunk (its direction is not known yet); none when it has none to start.
-std::optional<ChunkRules> CopyEngine::begin_chunk(Ticket& ticket, bool dry) {
+std::optional<ChunkRules> CopyEngine::begin_chunk(Ticket& ticket) {
   const Lock lock(mutex_);
   if (is_finished(ticket) || ticket.cancel_requested) return std::nullopt;
   if (!ticket.has_started) {
@@ -275,16 +256,13 @@ std::optional<ChunkRules> CopyEngine::begin_chunk(Ticket& ticket, bool dry) {
     ticket.started = Clock::now();
     ticket.next_at = ticket.started;
     ticket.has_started = true;
-  } else if (dry || ++ticket.in_time == kShrinkAfter) {
-    ticket.grown = std::clamp<std::size_t>(dry ? 2 * ticket.grown : ticket.grown / 2, 1, growth_);
-    ticket.in_time = 0;
   }
   if (ticket.total_bytes == 0) {
     pending_.erase(key(ticket));
     settle(ticket);
     return std::nullopt;
   }
-  return ChunkRules{chunk_bytes_ * std::min(ticket.grown, growth_), staging_share(), Direction::other};
+  return ChunkRules{chunk_bytes_, staging_share(), Direction::other};
 }
 
 // Sets when the next chunk of the ticket, and of any ticket, may start.

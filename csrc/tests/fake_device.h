@@ -33,19 +33,13 @@ struct Script {
   std::atomic<int> chunks{0};                 // in flight
   std::atomic<int> most_chunks{0};
   std::atomic<int> drains{0};
-  std::atomic<bool> dry{false};               // chunks are over before anybody waits for them
 
   std::vector<std::uint64_t> sources() {
     const std::lock_guard<std::mutex> lock(mutex);
     return log;
   }
-  std::vector<std::uint64_t> sizes() {
-    const std::lock_guard<std::mutex> lock(mutex);
-    return bytes;
-  }
   std::mutex mutex;
   std::vector<std::uint64_t> log;    // source of each chunk's first piece
-  std::vector<std::uint64_t> bytes;  // of each chunk
 };
 
 class FakeFence final : public Fence {
@@ -75,7 +69,6 @@ class FakeDevice final : public CopyDevice {
     {
       const std::lock_guard<std::mutex> lock(script_.mutex);
       script_.log.push_back(chunk.pieces.front().source);
-      script_.bytes.push_back(chunk.bytes);
     }
     if (script_.started++ == script_.fail_at_chunk) {
       broken_ = script_.sticky;
@@ -94,7 +87,6 @@ class FakeDevice final : public CopyDevice {
     }
     perform_oldest();
   }
-  bool over(std::size_t) override { return script_.dry; }
   void drain() noexcept override {
     ++script_.drains;
     while (!order_.empty()) perform_oldest();

@@ -284,7 +284,7 @@ void small_copies_stay_quick() {
   CHECK(engine->register_host(host->address(), nbytes));
   std::printf("     4 bytes read back: %.0f us alone", read_back_seconds(device, pinned, stream) * 1e6);
   for (const std::uint64_t mib : {1, 4, 16}) {
-    engine->set_chunks(mib << 20, 2, 1);
+    engine->set_chunks(mib << 20, 2);
     const auto bulk = engine->submit(long_batch(device, host->address(), nbytes), 0, "bulk");
     while (engine->stats(bulk).bytes == 0) std::this_thread::yield();
     const double seconds = read_back_seconds(device, pinned, stream);

@@ -1,4 +1,4 @@
-// When no chunk is started, and how large one is: pauses, and chunks that grow while the link runs dry.
+// When no chunk is started: pauses.
 #include <algorithm>
 #include <cstdint>
 #include <optional>
@@ -73,64 +73,9 @@ void a_pause_of_a_stream_begins_when_the_device_comes_to_it() {
   CHECK(engine.wait(ticket, 10) && bulk.to == bulk.from);
 }
 
-void chunks_grow_while_the_link_runs_dry() {
-  Script script;
-  script.dry = true;
-  CopyEngine engine(fake(script), small_chunks(4));
-  Batch bulk(40);
-  CHECK(engine.wait(bulk.submit(engine), 10) && bulk.to == bulk.from);
-  CHECK((script.sizes() == std::vector<std::uint64_t>{4, 8, 16, 32, 32, 32, 32, 4}));
-  CHECK(engine.wait(bulk.submit(engine), 10));
-  CHECK(script.sizes()[8] == 4);
-  engine.set_chunks(4, 2, 1);
-  script.started = 0;
-  CHECK(engine.wait(bulk.submit(engine), 10) && script.started == 40);
-  for (const std::size_t times : {0, 65}) CHECK_THROWS(std::invalid_argument, (engine.set_chunks(4, 2, times), 0));
-}
-
-void grown_chunks_become_small_again() {
-  Script script;
-  script.dry = true;
-  script.chunk_gate_open = false;
-  CopyEngine engine(fake(script), long_pauses());
-  Batch bulk(400), other(400);
-  const auto ticket = bulk.submit(engine);
-  script.permits = 2;
-  until([&] { return script.started == 4; });
-  // The worker waits for the first of two chunks.
-  script.dry = false;
-  script.chunk_gate_open = true;
-  CHECK(engine.wait(ticket, 10) && bulk.to == bulk.from);
-  std::vector<std::uint64_t> expected{4, 8, 16, 32};
-  expected.insert(expected.end(), 7, 32);
-  expected.insert(expected.end(), 8, 16);
-  expected.insert(expected.end(), 8, 8);
-  auto sizes = script.sizes();
-  CHECK(sizes.size() > 40 && std::equal(expected.begin(), expected.end(), sizes.begin()) && sizes[30] == 4);
-  // By a pause at once.
-  script.dry = true;
-  script.chunk_gate_open = false;
-  script.started = script.finished = 0;
-  const auto next = other.submit(engine);
-  script.permits = 2;
-  until([&] { return script.started == 4; });
-  const auto pause = engine.pause();
-  script.permits = 2;
-  until([&] { return script.finished == 4; });
-  CHECK(!engine.wait(next, 0.02) && script.started == 4);
-  script.chunk_gate_open = true;
-  engine.resume(pause);
-  CHECK(engine.wait(next, 10) && other.to == other.from);
-  const auto first = static_cast<std::ptrdiff_t>(sizes.size());
-  sizes = script.sizes();
-  CHECK((std::vector<std::uint64_t>(sizes.begin() + first, sizes.begin() + first + 5) ==
-         std::vector<std::uint64_t>{4, 8, 16, 32, 4}));
-}
-
 }  // namespace
 
 int test_pace() {
   return RUN(a_pause_holds_back_plain_tickets) + RUN(a_pause_ends_by_itself) +
-         RUN(a_pause_of_a_stream_begins_when_the_device_comes_to_it) + RUN(chunks_grow_while_the_link_runs_dry) +
-         RUN(grown_chunks_become_small_again);
+         RUN(a_pause_of_a_stream_begins_when_the_device_comes_to_it);
 }

@@ -247,7 +247,6 @@ void random_schedules_lose_nothing() {
       options.spread_seconds = random() % 4 == 0 ? 0.002 : 0;
       tickets.push_back(batch.submit(engine, std::move(options)));
       if (random() % 4 == 0) engine.set_chunks(1 + random() % 9, 1 + random() % 4);
-      script.dry = random() % 2 == 0;
       if (random() % 4 == 0) engine.pause(random() % 2 == 0 ? std::nullopt : std::optional<std::uint64_t>(7));
       if (random() % 4 == 0) engine.hurry(tickets[random() % tickets.size()]);
       if (random() % 3 == 0) engine.cancel(tickets[random() % tickets.size()]);

@@ -178,7 +178,7 @@ class Bench:
         for streams in STREAMS:
             with self._engine(max_chunk_bytes=max(CHUNKS_KIB) * KIB, copy_streams=streams) as engine:
                 for flight, chunk in itertools.product(FLIGHTS, CHUNKS_KIB):
-                    engine.set_chunks(chunk * KIB, flight, 1)
+                    engine.set_chunks(chunk * KIB, flight)
                     for direction in DIRECTIONS:
                         kind = {"chunk_kib": chunk, "in_flight": flight, "streams": streams, "direction": direction}
                         found.append(kind | self._rate(engine, self.nbytes, direction, hurried=False))
@@ -214,7 +214,7 @@ class Bench:
         for streams in STREAMS:
             with self._engine(max_chunk_bytes=max(CHUNKS_KIB) * KIB, copy_streams=streams) as engine:
                 for flight, chunk in itertools.product(FLIGHTS, CHUNKS_KIB):
-                    engine.set_chunks(chunk * KIB, flight, 1)
+                    engine.set_chunks(chunk * KIB, flight)
                     times: list[float] = []
                     while len(times) < SMALL_COPIES:
                         ticket = engine.submit(sources, destinations, sizes)

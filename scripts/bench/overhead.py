@@ -28,6 +28,7 @@ Writes `<output>.json` and `<output>.png`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import math
@@ -37,7 +38,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -86,7 +89,12 @@ MODELS = {
         "--disable-bias-linear --hidden-dropout 0 --attention-dropout 0 --micro-batch-size 2 --global-batch-size 16 "
         "--pipeline-model-parallel-size 4 --untie-embeddings-and-output-weights --distributed-backend gloo",
     ),
-    "64-experts": (1, LARGE + "--num-experts 64 --moe-ffn-hidden-size 2048 --moe-router-topk 8"),
+    "64-experts": (
+        1,
+        LARGE + "--num-layers 1 --hidden-size 4096 --num-experts 64 --moe-ffn-hidden-size 2048 --moe-router-topk 8",
+    ),
+    # As many launches in half the time: the host can't keep the device busy.
+    "64-experts-launches": (1, LARGE + "--num-experts 64 --moe-ffn-hidden-size 2048 --moe-router-topk 8"),
 }
 # Variants that write a transcript, and those whose name may be followed by switches.
 TRANSCRIBED = ("transcript", "sparse-transcript")
@@ -105,19 +113,25 @@ def main() -> int:
         prepare = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), "--python-stdlib"]
         subprocess.run([*prepare, "--max-megabytes", "2", "--output-prefix", str(corpus)], check=True, stdout=2)
         raw = Path(scratch) / "raw.json"
-        status = run_job(job_command(options, corpus, raw), options.limit_seconds)
-        if status:
-            print(f"the job ended with status {status}: results are of what it measured before", file=sys.stderr)
-        if not raw.exists():
-            return status or 1
-        result = summarize(options, json.loads(raw.read_text()))
+        with running(job_command(options, corpus, raw)) as job:
+            status = wait(job, options.limit_seconds)
+            if status:
+                print(f"the job ended with status {status}: results are of what it measured before", file=sys.stderr)
+            if not raw.exists():
+                return status or 1
+            # Before a job that took too long is ended: to free its pinned memory takes it a while.
+            return report(summarize(options, json.loads(raw.read_text())), output) or status
+
+
+def report(result: dict[str, Any], output: Path) -> int:
+    """Writes, plots and prints the result; the exit status, 1 if a transcript wasn't written."""
     output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     plot(result, output.with_suffix(".png"))
     print_table(result)
     problem = transcript_problem(result)
     if problem:
         print(f"its figures say nothing of the transcript: {problem}", file=sys.stderr)
-    return status or (1 if problem else 0)
+    return 1 if problem else 0
 
 
 def transcript_problem(result: dict[str, Any]) -> str:
@@ -135,16 +149,24 @@ def is_transcribed(name: str) -> bool:
     return name.partition(":")[0] in TRANSCRIBED
 
 
-def run_job(command: list[str], limit_seconds: float | None) -> int:
-    """The job's status; 124 if it takes longer than the limit. Its workers don't outlive it."""
+@contextlib.contextmanager
+def running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A job, which is over afterwards; its workers don't outlive it."""
     with subprocess.Popen(command, cwd=ROOT, env=environment()) as job:
         try:
-            return job.wait(limit_seconds)
-        except subprocess.TimeoutExpired:
+            yield job
+        finally:
             # The launcher ends its workers, and kills those that don't within half a minute.
             job.terminate()
             job.wait()
-            return 124
+
+
+def wait(job: subprocess.Popen[bytes], limit_seconds: float | None) -> int:
+    """The job's status; 124 if it takes longer than the limit."""
+    try:
+        return job.wait(limit_seconds)
+    except subprocess.TimeoutExpired:
+        return 124
 
 
 def parse() -> argparse.Namespace:
@@ -169,7 +191,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--limit-seconds",
         type=float,
-        help="end the job then; results are of what it measured before",
+        help="run fewer rounds, so that all variants have their turn until then; end the job then",
     )
     options = parser.parse_args()
 
@@ -227,6 +249,8 @@ def job_command(options: argparse.Namespace, corpus: Path, raw: Path) -> list[st
     measured += ["--profile", str(options.profile)]
     measured += ["--baseline-every", str(options.baseline_every)]
     measured += ["--scratch", options.scratch or str(raw.parent)]
+    if options.limit_seconds is not None:
+        measured += ["--ends-at", str(time.time() + options.limit_seconds)]
     return [*launcher, str(WORKER), *words, *measured]
 
 

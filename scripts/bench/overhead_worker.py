@@ -10,13 +10,14 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron.moevement import arguments
 from megatron.moevement.config import SparseCheckpointConfig, add_sparse_checkpoint_flags, config_from_namespace
 from megatron.moevement.errors import MoevementError
+from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.training_config import TrainingConfig
 from scripts.bench.device_time import profiled
 from scripts.bench.variants import (
@@ -31,6 +32,8 @@ from scripts.bench.variants import (
 )
 
 WARM_UP_ITERATIONS = 5
+# What is left of the time limit for a variant that takes many times an iteration, for a profile, and for the end.
+SLOW_SECONDS, PROFILE_SECONDS, END_SECONDS = 75.0, 8.0, 10.0
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +47,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slow-iterations", type=int, required=True)
     parser.add_argument("--profile", type=int, required=True)
     parser.add_argument("--baseline-every", type=int, required=True)
+    parser.add_argument("--ends-at", type=float, default=float("inf"), help="seconds since 1970")
 
 
 class Say:
@@ -101,13 +105,16 @@ def measure(config: TrainingConfig, sparse: SparseCheckpointConfig, options: arg
         for name, block in blocks.items():
             block(1)
             say(f"{name}: first iteration")
-        for number in range(options.blocks):
+        profiled_blocks = len(blocks) if options.profile and on_gpu else 0
+        for number in rounds(
+            options, len(set(names) & set(SLOW)), profiled_blocks, Agreement(training.topology.control)
+        ):
             record.round(of_round(blocks, number, options.baseline_every), options.block)
             say(f"block {number + 1} of {options.blocks}: {record.medians()}")
             raw["slots"] = slots.figures() if slots is not None else {}
             raw["transcript"] = transcripts.figures() if transcripts is not None else {}
             _write(options.raw, raw, record, clock)
-        if options.profile and on_gpu:
+        if profiled_blocks:
             for name, block in blocks.items():
                 raw["profile"][name] = profiled(functools.partial(block, options.profile), options.profile)
             say("profiled")
@@ -124,6 +131,18 @@ def measure(config: TrainingConfig, sparse: SparseCheckpointConfig, options: arg
     if slots is not None:
         slots.drop()
     distributed.stop()
+
+
+def rounds(options: argparse.Namespace, slow: int, profiled_blocks: int, agreement: Agreement) -> Iterator[int]:
+    """Numbers of the rounds that there is time for, at least one, with what comes after them. Collective."""
+    after = END_SECONDS + SLOW_SECONDS * slow + PROFILE_SECONDS * profiled_blocks
+    longest = 0.0
+    for number in range(options.blocks):
+        began = time.time()
+        if number and agreement.maximum([began + longest])[0] > options.ends_at - after:
+            return
+        yield number
+        longest = max(longest, time.time() - began)
 
 
 def _write(path: Path, raw: Mapping[str, Any], record: Record, clock: Clock) -> None:

@@ -106,14 +106,14 @@ class SwitchedEngine(CopyEngine):
         self.own_chunks: tuple[int, int] = (limits["chunk_bytes"], limits["chunks_in_flight"])
         SwitchedEngine.made.append(self)
 
-    def set_chunks(self, chunk_bytes: int, chunks_in_flight: int, growth: int | None = None) -> None:
+    def set_chunks(self, chunk_bytes: int, chunks_in_flight: int) -> None:
         """Sets chunks, as the calibration does, and remembers them."""
         self.own_chunks = (chunk_bytes, chunks_in_flight)
-        self.set_switched(chunk_bytes, chunks_in_flight, growth)
+        self.set_switched(chunk_bytes, chunks_in_flight)
 
-    def set_switched(self, chunk_bytes: int, chunks_in_flight: int, growth: int | None = None) -> None:
+    def set_switched(self, chunk_bytes: int, chunks_in_flight: int) -> None:
         """Sets chunks until somebody else does."""
-        super().set_chunks(chunk_bytes, chunks_in_flight, growth)
+        super().set_chunks(chunk_bytes, chunks_in_flight)
 
     def submit(self, *arguments: Any, **options: Any) -> int:
         """Queues a batch; the transcript's, of higher priority than the slots', is not switched."""
@@ -131,13 +131,13 @@ class Switched:
         inner: the manager's hooks.
         engine: the manager's copy engine.
         text: with `:` in between, `digests=off`, `device`, `host`, or `8` (threads of the host), `blocks=16` (of the
-            device's digests), `chunks=4x2` (MiB, in flight), `growth=1` (of chunks while the link runs dry),
+            device's digests), `chunks=4x2` (MiB, in flight),
             `spread=0.9` (of the time until the fence), `pauses`, `copies=off` (one piece: the cost of all else).
     """
 
     def __init__(self, inner: Any, engine: SwitchedEngine, text: str) -> None:
         words = dict(word.partition("=")[::2] for word in text.split(":") if word)
-        unknown = set(words) - {"digests", "blocks", "chunks", "growth", "spread", "pauses", "copies"}
+        unknown = set(words) - {"digests", "blocks", "chunks", "spread", "pauses", "copies"}
         if unknown:
             raise ValueError(f"--variants: {text}: unknown {unknown.pop()}")
         self._inner, self._engine = inner, engine
@@ -151,7 +151,6 @@ class Switched:
         self._blocks = int(words["blocks"]) if "blocks" in words else None
         size, _, flight = words["chunks"].partition("x") if "chunks" in words else ("", "", "")
         self._chunks = (int(float(size) * MIB), int(flight)) if size else None
-        self._growth = int(words["growth"]) if "growth" in words else None
         self._spread = float(words.get("spread", 0))
         on_or_off = {"on": True, "": True, "off": False}
         self._pauses, self._copies = on_or_off[words.get("pauses", "off")], on_or_off[words.get("copies", "on")]
@@ -162,7 +161,7 @@ class Switched:
         """Sets the switches, and begins the slot."""
         SwitchedPool.threads_wanted = self._threads
         SwitchedDigests.wanted, SwitchedDigests.blocks_wanted = self._on_device, self._blocks
-        self._engine.set_switched(*(self._chunks or self._engine.own_chunks), self._growth)
+        self._engine.set_switched(*(self._chunks or self._engine.own_chunks))
         self._engine.spread_seconds = self._spread * statistics.median(self._seconds or [0.0])
         self._engine.copies = self._copies
         if self._pauses:

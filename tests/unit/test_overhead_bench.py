@@ -156,8 +156,11 @@ def test_a_transcript_that_was_not_written_is_no_measurement(monkeypatch: pytest
 
 
 def test_a_job_that_takes_too_long_is_ended() -> None:
-    assert overhead.run_job([sys.executable, "-c", "import sys; sys.exit(3)"], None) == 3
-    assert overhead.run_job([sys.executable, "-c", "import time; time.sleep(1000)"], 0.2) == 124
+    with overhead.running([sys.executable, "-c", "import sys; sys.exit(3)"]) as job:
+        assert overhead.wait(job, None) == 3
+    with overhead.running([sys.executable, "-c", "import time; time.sleep(1000)"]) as job:
+        assert overhead.wait(job, 0.2) == 124 and job.poll() is None
+    assert job.poll() is not None
 
 
 def test_on_a_gpu_nothing_waits_for_the_device_within_a_block(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,8 +55,6 @@ _QUEUED_COPIES_LIMIT = 16
 # On a GPU the calibration chooses from these. With one chunk in flight the link is idle until the next one is started.
 _CHUNK_MIB = (2, 4, 8, 16)
 _CHUNKS_IN_FLIGHT = (2,)
-# While the link runs dry, chunks that nobody forced become up to so many times larger.
-_CHUNK_GROWTH = 8
 # Small copies to the host that core's MoE layer waits for in a forward pass: the token counts, and how much is selected
 # by each of the two masked selections of its permutation.
 _AWAITED_BY_A_LAYER = 3
@@ -133,7 +131,6 @@ def copy_engine(device: torch.device, config: SparseCheckpointConfig) -> CopyEng
             chunk_bytes=chunks[0].nbytes,
             chunks_in_flight=chunks[0].in_flight,
             max_chunk_bytes=max(one.nbytes for one in chunks),
-            chunk_growth=1 if config.chunk_mib else _CHUNK_GROWTH,
             max_queued_tickets=_QUEUED_COPIES_LIMIT,
             bytes_per_second_limit=config.bandwidth_gib_per_second * GIB,
             gather_bytes_limit=_DEVICE_MEMORY_BYTES - (_DIGEST_TABLE_BYTES if _digests_there(device, config) else 0),

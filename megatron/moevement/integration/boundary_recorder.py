@@ -11,7 +11,7 @@ import torch
 from megatron.moevement.errors import MoevementError, RecoveryError
 from megatron.moevement.events import EventLog
 from megatron.moevement.integration.fingerprint import fingerprint
-from megatron.moevement.integration.host_copies import to_host
+from megatron.moevement.integration.host_copies import HostCopy
 from megatron.moevement.integration.log_copy import LogCopier
 from megatron.moevement.transcript.keys import BoundaryKey, Direction, Pipeline
 from megatron.moevement.transcript.log import TranscriptLog
@@ -22,6 +22,8 @@ class BoundaryRecorder:
     """Writes what this rank sends and the receipts of what it receives to the transcript.
 
     A transcript that can't be written never ends training: the iteration is left out of it, and an event says why.
+    Between `finish` and `settle`, which `begin` calls, the copier, the counts and the draft in the log belong to the
+    thread that commits.
 
     Args:
         pipeline: says what is sent and received, in which order.
@@ -95,22 +97,24 @@ class BoundaryRecorder:
         return keys[place]
 
     def finish(self) -> None:
-        """Ends the iteration: waits for its copies; digests and commit follow on a thread."""
+        """Ends the iteration: its copies are waited for on a thread, which then digests and commits; nobody waits here.
+
+        At the end of an iteration the host is ahead of the device: what comes next is to be launched while it works.
+        """
         iteration, self.iteration = self.iteration, None
         if not self._writing or self.log is None or iteration is None:
             return
         self._writing = False
-        log = self.log
-        try:
-            self._copier.drain()
-            for direction, count in self._received.items():
-                prints = to_host(self._prints[direction]).tolist()
-                for key in self.pipeline.received(direction)[:count]:
-                    log.note_received(key, prints[key.order])
-        except (MoevementError, EngineError) as error:
-            self._give_up(iteration, str(error))
-            return
-        self._commit = (iteration, self._worker.submit(log.commit, iteration))
+        prints = {direction: HostCopy(self._prints[direction]) for direction, count in self._received.items() if count}
+        self._commit = (iteration, self._worker.submit(self._complete, self.log, iteration, prints))
+
+    def _complete(self, log: TranscriptLog, iteration: int, prints: dict[Direction, HostCopy]) -> None:
+        self._copier.drain()
+        for direction, copied in prints.items():
+            found = copied.wait().tolist()
+            for key in self.pipeline.received(direction)[: self._received[direction]]:
+                log.note_received(key, found[key.order])
+        log.commit(iteration)
 
     def abandon(self) -> None:
         """Ends an iteration that was interrupted, without a transcript of it."""

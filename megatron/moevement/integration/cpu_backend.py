@@ -17,6 +17,7 @@ explicit: `install` refuses where CUDA is available, and `hide_cuda` is called o
 | CUDA RNG state functions        | the CPU generator plays the part of the device's generator                     |
 | RNG tracker                     | its fork() warns when the CPU generator moves, which here it must              |
 | maybe_move_tensor_to_cpu        | all_to_all wants split sizes as numpy; core converts only CUDA tensors         |
+| products of bfloat16 matrices   | many times slower than those of float32 on most CPUs (cpu_matmul.py)           |
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 
 from megatron.moevement.argument_checks import UsageError
+from megatron.moevement.integration import cpu_matmul
 
 _CPU = torch.device("cpu")
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange")
@@ -106,6 +108,7 @@ def install() -> None:
     _replace_tensor_methods()
     _replace_rng()
     _replace_moe_helpers()
+    cpu_matmul.install()
 
 
 def _replace_device_functions() -> None:

@@ -22,3 +22,25 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class HostCopy:
+    """A copy of a tensor to host memory behind the work of the current stream; who needs it waits, on any thread.
+
+    On the CPU it is the tensor itself, which must not change before it is read.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._host, self._event = tensor.detach(), None
+        if tensor.is_cuda:
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor.detach(), non_blocking=True)
+            # Sleeps: a thread that waits busily would take a core and the driver from training.
+            self._event = torch.cuda.Event(blocking=True)
+            self._event.record(torch.cuda.current_stream(tensor.device))
+
+    def wait(self) -> torch.Tensor:
+        """The tensor in host memory, once it is there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host

@@ -162,8 +162,7 @@ def measure_bandwidth(probe: LinkProbe, engine: CopyEngine, candidates: Sequence
         return dict.fromkeys(candidates, float("inf"))
     rates = {}
     for candidate in candidates:
-        # As large as they are asked for: alone, too, the link runs dry now and then.
-        engine.set_chunks(candidate.nbytes, candidate.in_flight, 1)
+        engine.set_chunks(candidate.nbytes, candidate.in_flight)
         seconds = sorted(probe.seconds() for _ in range(REPEATS))
         rates[candidate] = probe.nbytes / seconds[REPEATS // 2]
     return rates

@@ -36,8 +36,8 @@ class _Draft:
 class TranscriptLog:
     """One segment an iteration, in a ring: what this rank sent, and receipts of what it received.
 
-    `begin`, `add` and `note_received` belong to one thread; `commit` may run on another, one iteration behind. Memory
-    is taken once, when the file is created; nothing grows afterwards.
+    `begin` and `add` belong to one thread; `note_received` and `commit` may run on another, before the next `begin`.
+    Memory is taken once, when the file is created; nothing grows afterwards.
     """
 
     def __init__(self, path: Path, region: HostRegion, content: Mapping[str, Any], digests: DigestPool) -> None:

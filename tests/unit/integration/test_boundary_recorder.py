@@ -1,5 +1,6 @@
 """The recorder: what is sent and received is in the transcript; trouble costs the transcript, never the training."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -159,3 +160,24 @@ def test_a_failed_commit_costs_the_transcript_only(tmp_path: Path, told: Told) -
     recorder.settle()
     assert [iteration for iteration, _ in told.reasons] == [0, 1, 2, 3, 4] and "closed" in told.reasons[0][1]
     assert log.iterations == frozenset()
+
+
+class Held(HostCopier):
+    """A copier whose copies take until they are let go."""
+
+    def __init__(self) -> None:
+        self.let_go = threading.Event()
+
+    def drain(self) -> None:
+        assert self.let_go.wait(10)
+
+
+def test_the_end_of_an_iteration_waits_for_no_copy(log: TranscriptLog, told: Told) -> None:
+    copier = Held()
+    recorder = BoundaryRecorder(MIDDLE, log, copier, CPU, told)
+    exchange(recorder, 0)
+    recorder.finish()
+    assert log.iterations == frozenset()
+    copier.let_go.set()
+    recorder.close()
+    assert log.iterations == {0} and not told.events

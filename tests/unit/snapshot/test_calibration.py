@@ -23,11 +23,11 @@ class Noting(CopyEngine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.given: list[tuple[int, int, int | None]] = []
+        self.given: list[tuple[int, int]] = []
 
-    def set_chunks(self, chunk_bytes: int, chunks_in_flight: int, growth: int | None = None) -> None:
-        self.given.append((chunk_bytes, chunks_in_flight, growth))
-        super().set_chunks(chunk_bytes, chunks_in_flight, growth)
+    def set_chunks(self, chunk_bytes: int, chunks_in_flight: int) -> None:
+        self.given.append((chunk_bytes, chunks_in_flight))
+        super().set_chunks(chunk_bytes, chunks_in_flight)
 
 
 def timed(engine: CopyEngine, directory: Path, chunks: tuple[Chunks, ...]) -> Calibration:
@@ -48,7 +48,7 @@ def test_every_candidate_is_measured_and_the_best_is_set(tmp_path: Path, monkeyp
         log.listen(events.append)
         found = calibrating.run(log)
     # Measured without growing, which they may do afterwards.
-    assert engine.given == [(1 << 14, 3, 1), (1 << 12, 2, 1), (1 << 14, 3, None)] and calibrating.done
+    assert engine.given == [(1 << 14, 3), (1 << 12, 2), (1 << 14, 3)] and calibrating.done
     assert set(found.rates) == {LARGE, SMALL} and found.chunks == LARGE and found.awaited_copies == 7
     assert [e["kind"] for e in events] == ["calibration"] and events[0]["chunk_bytes"] == 1 << 14
     assert len(events[0]["rates"]) == 2
