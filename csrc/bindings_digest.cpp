@@ -11,6 +11,7 @@
 #include "bindings.h"
 #include "device_digests.h"
 #include "digest_pool.h"
+#include "fingerprint.h"
 
 namespace moevement {
 namespace {
@@ -135,6 +136,17 @@ True when the ticket is cancelled, False when it was done or failed before. KeyE
 
 void bind_digests(py::module_& module) {
   module.attr("DIGEST_LEAF_BYTES") = kDigestLeafBytes;
+  module.def("fingerprint", &fingerprint, py::arg("address"), py::arg("nbytes"), ReleaseGil(),
+             R"(The fingerprint of nbytes bytes of host memory, 0 to 2^64 - 1: a multilinear hash.
+
+The number of bytes, and every 32-bit word (signed, little-endian; the last one filled up with zeros) times an odd key of
+its place, modulo 2^64. The address need not be aligned.)");
+  module.def("add_fingerprint", &add_fingerprint, py::arg("device_index"), py::arg("address"), py::arg("nbytes"),
+             py::arg("result"), py::arg("stream"), ReleaseGil(),
+             R"(Add the fingerprint of memory of a GPU to the 64-bit number at result there, behind the work of stream.
+
+Nobody waits. stream: handle of a CUDA stream of the device, 0 is the default one. The memory must stay allocated for the
+stream. Raises EngineError when the GPU refuses, and in a build without kernels (build_info().gather).)");
   bind_device_digests(module);
   py::class_<DigestPool, PoolPointer>(module, "DigestPool", py::release_gil_before_calling_cpp_dtor(),
                                       R"(Digests memory with native threads (1 to 64), without the GIL.

@@ -123,6 +123,7 @@ class CopyEngine {
     std::optional<Direction> direction;
     std::optional<Clock::time_point> spread_until;  // its last chunk is due then
     Clock::time_point next_at{};    // when the spreading allows the next chunk
+    Clock::time_point fence_at{};   // when the fence is asked for again
   };
   using TicketRef = std::shared_ptr<Ticket>;
   struct Flight {

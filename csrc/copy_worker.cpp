@@ -12,8 +12,11 @@
 namespace moevement {
 namespace {
 
-// Latency between the end of the work before a fence and the first chunk; a poll costs about a microsecond.
+// How often a fence is asked for: the longer it has been waited for, the less often. Each question is a call of the
+// driver, and what the boundary transcript copies may wait for a good part of an iteration.
 constexpr auto kFencePollEvery = std::chrono::microseconds(50);
+constexpr auto kFencePollAtLeastEvery = std::chrono::milliseconds(1);
+constexpr int kFencePolls = 8;
 // Descriptors hold 32-bit offsets.
 constexpr std::uint64_t kMaxStagingShare = std::uint64_t{1} << 31;
 constexpr std::size_t kMaxNamedGroups = 4;
@@ -195,6 +198,10 @@ bool CopyEngine::ready(Ticket& ticket, Clock::time_point& wake) {
   {
     const Lock lock(mutex_);
     if (is_finished(ticket)) return false;
+    if (ticket.fence && !ticket.hurried && Clock::now() < ticket.fence_at) {
+      wake = std::min(wake, ticket.fence_at);
+      return false;
+    }
     fence = ticket.fence;
     pausable = ticket.priority == 0 && !ticket.hurried && !pauses_.empty();
   }
@@ -205,7 +212,10 @@ bool CopyEngine::ready(Ticket& ticket, Clock::time_point& wake) {
   const auto now = Clock::now();
   auto at = next_copy_at_;
   if (!passed) {
-    at = now + kFencePollEvery;
+    const Clock::duration share = (now - ticket.submitted) / kFencePolls;
+    at = now + std::clamp<Clock::duration>(share, kFencePollEvery, kFencePollAtLeastEvery);
+    if (ticket.hurried) at = now + kFencePollEvery;
+    ticket.fence_at = at;
   } else {
     ticket.fence.reset();
     if (!ticket.hurried) {

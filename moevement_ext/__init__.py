@@ -18,6 +18,8 @@ from moevement_ext._C import (
     DigestPool,
     EngineError,
     HostRegion,
+    add_fingerprint,
+    fingerprint,
 )
 
 __all__ = [
@@ -29,7 +31,9 @@ __all__ = [
     "DigestPool",
     "EngineError",
     "HostRegion",
+    "add_fingerprint",
     "build_info",
+    "fingerprint",
 ]
 
 

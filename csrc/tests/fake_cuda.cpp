@@ -18,6 +18,7 @@
 #include <thread>
 
 #include "gather.h"
+#include "fingerprint.h"
 #include "leaf_digest.h"
 
 namespace {
@@ -290,6 +291,17 @@ int launch_leaf_digests(const LeafRange* ranges, std::uint32_t count, std::uint3
                         std::uint32_t blocks, void* stream) noexcept {
   if (blocks == 0 || count * sizeof(LeafRange) > left_in_allocation(number(ranges))) return cudaErrorInvalidValue;
   stream_of(static_cast<cudaStream_t>(stream)).add([=] { digest_leaves(ranges, count, leaves, results); });
+  return cudaSuccess;
+}
+
+int launch_fingerprint(std::uint64_t address, std::uint64_t bytes, std::uint64_t result, void* stream) noexcept {
+  constexpr std::uint64_t kLanes = 8;
+  if (bytes > left_in_allocation(address) || left_in_allocation(result) < 8) return cudaErrorInvalidValue;
+  stream_of(static_cast<cudaStream_t>(stream)).add([=] {
+    for (std::uint64_t lane = 0; lane < kLanes; ++lane) {
+      *reinterpret_cast<std::uint64_t*>(result) += fingerprint_share(address, bytes, lane, kLanes);
+    }
+  });
   return cudaSuccess;
 }
 

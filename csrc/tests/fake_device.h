@@ -21,6 +21,7 @@ namespace moevement {
 // What the fakes do, shared with the test that watches them.
 struct Script {
   std::atomic<bool> fence_open{true};
+  std::atomic<int> fences_asked{0};
   std::atomic<std::uint64_t> shut_stream{0};  // fences of this stream do not pass; 0: none
   std::atomic<std::uint64_t> broken_stream{0};  // asking for fences of this stream fails; 0: none
   std::atomic<int> fail_at_chunk{-1};         // counted over all chunks
@@ -46,6 +47,7 @@ class FakeFence final : public Fence {
  public:
   FakeFence(Script& script, std::uint64_t stream) : script_(script), stream_(stream) {}
   bool passed() override {
+    ++script_.fences_asked;
     if (stream_ != 0 && script_.broken_stream == stream_) throw EngineError("planted error of a fence");
     return script_.fence_open && (stream_ == 0 || script_.shut_stream != stream_);
   }

@@ -8,6 +8,8 @@ int test_pace();
 int test_region();
 int test_digest();
 int test_leaf_digest();
+int test_fingerprint();
 // On a GPU, part of test_cuda.
 int test_cuda_digests(bool quick);
 int test_cuda_pace();
+int test_cuda_fingerprint();

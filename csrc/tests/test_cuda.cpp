@@ -367,6 +367,7 @@ int main(int count, char** arguments) {
                      RUN(an_error_stays_with_its_ticket) +
                      RUN(pieces_of_neighbouring_allocations_are_copied) + RUN(gather_and_scatter_are_right) +
                      RUN(a_higher_priority_overtakes) + RUN(small_copies_stay_quick) + RUN(bandwidth_of_small_pieces) +
-                     RUN(bandwidth) + test_cuda_pace() + test_cuda_digests(quick);
+                     RUN(bandwidth) + test_cuda_pace() + test_cuda_digests(quick) +
+                     test_cuda_fingerprint();
   return failed == 0 ? 0 : 1;
 }

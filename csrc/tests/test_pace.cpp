@@ -1,4 +1,4 @@
-// When no chunk is started: pauses.
+// When no chunk is started: pauses, and fences that aren't passed.
 #include <algorithm>
 #include <cstdint>
 #include <optional>
@@ -73,9 +73,25 @@ void a_pause_of_a_stream_begins_when_the_device_comes_to_it() {
   CHECK(engine.wait(ticket, 10) && bulk.to == bulk.from);
 }
 
+void a_fence_is_asked_for_less_and_less() {
+  Script script;
+  script.fence_open = false;
+  CopyEngine engine(fake(script), small_chunks(4));
+  Batch bulk(40);
+  const auto ticket = bulk.submit(engine);
+  CHECK(!engine.wait(ticket, 0.2));
+  // Every 50 us would be 4,000 times.
+  CHECK(script.fences_asked > 8 && script.fences_asked < 1000);
+  const int before = script.fences_asked;
+  engine.hurry(ticket);
+  until([&] { return script.fences_asked > before + 100; });
+  script.fence_open = true;
+  CHECK(engine.wait(ticket, 10) && bulk.to == bulk.from);
+}
+
 }  // namespace
 
 int test_pace() {
-  return RUN(a_pause_holds_back_plain_tickets) + RUN(a_pause_ends_by_itself) +
+  return RUN(a_fence_is_asked_for_less_and_less) + RUN(a_pause_holds_back_plain_tickets) + RUN(a_pause_ends_by_itself) +
          RUN(a_pause_of_a_stream_begins_when_the_device_comes_to_it);
 }

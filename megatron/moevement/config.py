@@ -178,8 +178,7 @@ class SparseCheckpointConfig:
         0,
         "--sparse-ckpt-chunk-mib",
         "Size of one copy from device to host. Small chunks let the model's own small copies pass between them, large "
-        "ones waste less of the link; 0 is what a calibration in the first iterations finds best, and 4 on the CPU. "
-        "Chunks that aren't forced grow up to eightfold while the link runs dry.",
+        "ones waste less of the link; 0 is what a calibration in the first iterations finds best, and 4 on the CPU.",
         unit="MiB",
     )
     chunks_in_flight: int = _knob(

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.moevement.integration.fingerprint import BLOCK_WORDS, fingerprint
+from megatron.moevement.integration.fingerprint import fingerprint
 from megatron.moevement.integration.log_copy import EngineCopier
 from moevement_ext import CopyEngine, HostRegion
 
 ROOT = Path(__file__).resolve().parents[2]
+# Of the fingerprint, whose keys repeat after so many.
+BLOCK_WORDS = 1 << 21
 MODEL = (
     "--num-layers 4 --hidden-size 512 --num-attention-heads 8 --seq-length 512 --num-experts 8 --moe-router-topk 2 "
     "--moe-aux-loss-coeff 0.01 --moe-token-dispatcher-type alltoall --bf16 --micro-batch-size 2 --global-batch-size 16 "

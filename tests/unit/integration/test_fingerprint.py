@@ -4,10 +4,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.moevement.integration import fingerprint as module
 from megatron.moevement.integration.fingerprint import fingerprint
 
 KNOWN = 3689837706994822412
+BLOCK_WORDS = 1 << 21
 
 
 def mixed(number: int) -> int:
@@ -61,7 +61,7 @@ def test_layout_and_alignment_do_not_matter() -> None:
 
 
 def test_blocks_have_keys_of_their_own() -> None:
-    size = module.BLOCK_WORDS
+    size = BLOCK_WORDS
     tensor = torch.zeros(2 * size + 5, dtype=torch.int32)
     seen = {of(tensor)}
     for place in (0, size, 2 * size, size - 1, 2 * size + 4):
