@@ -54,9 +54,9 @@ print('torch', torch.__version__, 'GPUs', torch.cuda.device_count(), 'NCCL', tor
         tests)
           part tests 115 "$python" -m pytest -m gpu tests/gpu/test_local_recovery.py -q -s -p no:cacheprovider -k "$only" ;;
         overhead)
-          part overhead 160 "$python" scripts/bench/overhead.py --model "$overhead" --window 4 --scratch /dev/shm/moevement \
+          part overhead 215 "$python" scripts/bench/overhead.py --model "$overhead" --window 4 --scratch /dev/shm/moevement \
             --variants off,transcript,sparse,sparse-transcript,dense-sync,dense-side,dcp --blocks 3 --block 3 \
-            --slow-iterations 2 --limit-seconds 135 --output "$results/overhead" ;;
+            --slow-iterations 2 --limit-seconds 195 --output "$results/overhead" ;;
         recovery)
           part recovery 245 "$python" scripts/bench/recovery.py --device "$device" --model "$model" --pipeline 2 \
             --variants local,global,dense --modes rolling --repeat 1 --dense-interval 12 --timeout-seconds 78 --output "$results/recovery" ;;
