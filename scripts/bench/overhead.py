@@ -34,6 +34,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -52,6 +53,7 @@ sys.path.insert(0, str(ROOT))
 from scripts.bench.overhead_report import LABELS, left_out, plot, print_table
 
 WORKER = Path(__file__).resolve().parent / "overhead_worker.py"
+SLOTS = Path("/dev/shm/moevement")
 
 # The gradients' norm is computed, and they are never scaled: some iterations would be longer than others.
 COMMON = "--bf16 --moe-router-topk 2 --moe-token-dispatcher-type alltoall --moe-aux-loss-coeff 0.01 --clip-grad 1000 "
@@ -113,7 +115,8 @@ def main() -> int:
         prepare = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), "--python-stdlib"]
         subprocess.run([*prepare, "--max-megabytes", "2", "--output-prefix", str(corpus)], check=True, stdout=2)
         raw = Path(scratch) / "raw.json"
-        with running(job_command(options, corpus, raw)) as job:
+        name = f"overhead-{uuid.uuid4().hex[:12]}"
+        with running(job_command(options, corpus, raw, name), SLOTS / name) as job:
             status = wait(job, options.limit_seconds)
             if status:
                 print(f"the job ended with status {status}: results are of what it measured before", file=sys.stderr)
@@ -150,8 +153,8 @@ def is_transcribed(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A job, which is over afterwards; its workers don't outlive it."""
+def running(command: list[str], slots: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A job, which is over afterwards, and its slots are gone; its workers don't outlive it."""
     with subprocess.Popen(command, cwd=ROOT, env=environment()) as job:
         try:
             yield job
@@ -159,6 +162,7 @@ def running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
             # The launcher ends its workers, and kills those that don't within half a minute.
             job.terminate()
             job.wait()
+            shutil.rmtree(slots, ignore_errors=True)
 
 
 def wait(job: subprocess.Popen[bytes], limit_seconds: float | None) -> int:
@@ -236,12 +240,12 @@ def stages(model: str) -> int:
     return int(words[words.index(flag) + 1]) if flag in words else 1
 
 
-def job_command(options: argparse.Namespace, corpus: Path, raw: Path) -> list[str]:
-    """The torchrun command of the job."""
+def job_command(options: argparse.Namespace, corpus: Path, raw: Path, name: str) -> list[str]:
+    """The torchrun command of the job, whose slots are in `SLOTS`/`name`."""
     processes, model = MODELS[options.model]
     sparse = ["--sparse-ckpt", "--sparse-ckpt-window", options.window, "--sparse-ckpt-window-mode", options.mode]
     sparse += ["--sparse-ckpt-reorder", "off", "--sparse-ckpt-digest", options.digest]
-    sparse += ["--sparse-ckpt-name", f"overhead-{uuid.uuid4().hex[:12]}"]
+    sparse += ["--sparse-ckpt-dir", str(SLOTS), "--sparse-ckpt-name", name]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     words = [*COMMON.split(), *model.split(), "--data-path", str(corpus), *sparse]
     measured = ["--raw", str(raw), "--blocks", str(options.blocks), "--block", str(options.block)]

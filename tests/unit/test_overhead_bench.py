@@ -57,7 +57,7 @@ def test_a_transcript_is_measured_where_there_are_stages(monkeypatch: pytest.Mon
 def test_experts_of_the_large_models_have_as_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     for model in ("16-experts", "32-experts", "64-experts"):
         options = parsed(monkeypatch, "--model", model)
-        command = overhead.job_command(options, Path("text"), Path("raw.json"))
+        command = overhead.job_command(options, Path("text"), Path("raw.json"), "name")
         words = command[command.index(str(overhead.WORKER)) + 1 : command.index("--sparse-ckpt")]
         config, _ = arguments.parse(words, environ={"WORLD_SIZE": "1"})
         assert config.num_experts == int(model.partition("-")[0])
@@ -155,12 +155,14 @@ def test_a_transcript_that_was_not_written_is_no_measurement(monkeypatch: pytest
     assert "nothing" in problem({})
 
 
-def test_a_job_that_takes_too_long_is_ended() -> None:
-    with overhead.running([sys.executable, "-c", "import sys; sys.exit(3)"]) as job:
+def test_a_job_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    slots = tmp_path / "slots"
+    slots.mkdir()
+    with overhead.running([sys.executable, "-c", "import sys; sys.exit(3)"], tmp_path / "none") as job:
         assert overhead.wait(job, None) == 3
-    with overhead.running([sys.executable, "-c", "import time; time.sleep(1000)"]) as job:
+    with overhead.running([sys.executable, "-c", "import time; time.sleep(1000)"], slots) as job:
         assert overhead.wait(job, 0.2) == 124 and job.poll() is None
-    assert job.poll() is not None
+    assert job.poll() is not None and not slots.exists()
 
 
 def test_on_a_gpu_nothing_waits_for_the_device_within_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
