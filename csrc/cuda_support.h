@@ -4,6 +4,7 @@
 #ifdef MOEVEMENT_WITH_CUDA
 
 #include <cuda_runtime_api.h>
+#include <dlfcn.h>
 
 #include <cstdint>
 #include <string>
@@ -41,7 +42,20 @@ inline void check_device_index(int index) {
   }
 }
 
-// Callers keep their own current device; an engine's differs from it on a node with several GPUs.
+// Whether this process uses a device already. To make it current would begin to, which takes half a gigabyte of it.
+inline bool in_use(int index) {
+  using Query = int (*)(int device, unsigned int* flags, int* active);
+  static const Query query = [] {
+    void* driver = ::dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
+    return driver == nullptr ? nullptr : reinterpret_cast<Query>(::dlsym(driver, "cuDevicePrimaryCtxGetState"));
+  }();
+  unsigned int flags = 0;
+  int active = 1;
+  return query == nullptr || query(index, &flags, &active) != 0 || active != 0;
+}
+
+// Callers keep their own current device; an engine's differs from it on a node with several GPUs. A thread that has had
+// none is said to have device 0, and keeps the engine's.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int index) {
@@ -50,7 +64,7 @@ class DeviceGuard {
     changed_ = before_ != index;
   }
   ~DeviceGuard() {
-    if (changed_) (void)cudaSetDevice(before_);
+    if (changed_ && in_use(before_)) (void)cudaSetDevice(before_);
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;

@@ -6,9 +6,9 @@ namespace moevement {
 namespace {
 
 constexpr std::uint32_t kThreads = 256;
-// A thread reads so many words at least, and the rest of the GPU is left to the training.
+// A thread reads so many words at least. It is training's stream that waits for the kernel: it takes what GPU there is.
 constexpr std::uint64_t kWordsPerThread = 16;
-constexpr std::uint64_t kMaxBlocks = 64;
+constexpr std::uint64_t kMaxBlocks = 1024;
 
 __global__ void __launch_bounds__(kThreads) add_fingerprint_kernel(std::uint64_t address, std::uint64_t bytes,
                                                                    std::uint64_t result) {

@@ -103,6 +103,9 @@ class TranscriptMemory:
         return None
 
     def _pin(self, log: TranscriptLog) -> None:
+        if self._pinning is not None:
+            # Of the log before, which is closed next.
+            self._pinning.close()
         self._pinning = Pinning(self._engine, [MemoryRange(*place) for place in log.segment_ranges])
 
     def wait_until_pinned(self) -> None:

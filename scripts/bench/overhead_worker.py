@@ -32,9 +32,9 @@ from scripts.bench.variants import (
 )
 
 WARM_UP_ITERATIONS = 5
-# What is left of the time limit for a variant that takes many times an iteration, for a profile, and for the end. Three
-# saves of 1.65 B parameters by dcp take 100 s.
-SLOW_SECONDS, PROFILE_SECONDS, END_SECONDS = 110.0, 8.0, 10.0
+# What is left of the time limit for a save of dcp or nvrx (1.65 B parameters: 33 s by dcp), for a profile of a variant,
+# and for the end.
+SAVE_SECONDS, PROFILE_SECONDS, END_SECONDS = 35.0, 8.0, 10.0
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -107,9 +107,9 @@ def measure(config: TrainingConfig, sparse: SparseCheckpointConfig, options: arg
             block(1)
             say(f"{name}: first iteration")
         profiled_blocks = len(blocks) if options.profile and on_gpu else 0
-        for number in rounds(
-            options, len(set(names) & set(SLOW)), profiled_blocks, Agreement(training.topology.control)
-        ):
+        saves = len(set(names) & set(SLOW)) * (1 + options.slow_iterations)
+        after = END_SECONDS + SAVE_SECONDS * saves + PROFILE_SECONDS * profiled_blocks
+        for number in rounds(options, after, Agreement(training.topology.control), say):
             record.round(of_round(blocks, number, options.baseline_every), options.block)
             say(f"block {number + 1} of {options.blocks}: {record.medians()}")
             raw["slots"] = slots.figures() if slots is not None else {}
@@ -134,13 +134,15 @@ def measure(config: TrainingConfig, sparse: SparseCheckpointConfig, options: arg
     distributed.stop()
 
 
-def rounds(options: argparse.Namespace, slow: int, profiled_blocks: int, agreement: Agreement) -> Iterator[int]:
-    """Numbers of the rounds that there is time for, at least one, with what comes after them. Collective."""
-    after = END_SECONDS + SLOW_SECONDS * slow + PROFILE_SECONDS * profiled_blocks
+def rounds(
+    options: argparse.Namespace, after: float, agreement: Agreement, say: Callable[[str], None]
+) -> Iterator[int]:
+    """Numbers of the rounds that there is time for, at least one, with `after` seconds left then. Collective."""
     longest = 0.0
     for number in range(options.blocks):
         began = time.time()
         if number and agreement.maximum([began + longest])[0] > options.ends_at - after:
+            say(f"no time for more than {number} rounds: {after:.0f} s are left for what comes after them")
             return
         yield number
         longest = max(longest, time.time() - began)

@@ -12,7 +12,7 @@ from megatron.moevement.errors import MoevementError, RecoveryError
 from megatron.moevement.events import EventLog
 from megatron.moevement.integration.fingerprint import fingerprint
 from megatron.moevement.integration.host_copies import HostCopy
-from megatron.moevement.integration.log_copy import LogCopier
+from megatron.moevement.integration.log_copy import COPY_TIMEOUT_SECONDS, LogCopier
 from megatron.moevement.transcript.keys import BoundaryKey, Direction, Pipeline
 from megatron.moevement.transcript.log import TranscriptLog
 from moevement_ext import EngineError
@@ -48,7 +48,8 @@ class BoundaryRecorder:
         self._received = dict.fromkeys(Direction, 0)
         rows = max(len(pipeline.received(direction)) for direction in Direction)
         self._prints = {d: torch.zeros(rows, dtype=torch.int64, device=device) for d in Direction}
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="moevement-transcript")
+        on_device = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+        self._worker = ThreadPoolExecutor(1, "moevement-transcript", *on_device)
         self._commit: tuple[int, Future[None]] | None = None
 
     def begin(self, iteration: int) -> None:
@@ -82,8 +83,11 @@ class BoundaryRecorder:
 
     def received(self, key: BoundaryKey, tensor: torch.Tensor) -> None:
         """Notes the receipt of a tensor that has arrived, as far as the current stream is concerned."""
-        if self._writing:
-            fingerprint(tensor, self._prints[key.direction][key.order])
+        if self._writing and self.iteration is not None:
+            try:
+                fingerprint(tensor, self._prints[key.direction][key.order])
+            except EngineError as error:
+                self._give_up(self.iteration, str(error))
 
     def _next(
         self, counts: dict[Direction, int], direction: Direction, keys: Sequence[BoundaryKey], verb: str
@@ -111,7 +115,7 @@ class BoundaryRecorder:
     def _complete(self, log: TranscriptLog, iteration: int, prints: dict[Direction, HostCopy]) -> None:
         self._copier.drain()
         for direction, copied in prints.items():
-            found = copied.wait().tolist()
+            found = copied.wait(COPY_TIMEOUT_SECONDS).tolist()
             for key in self.pipeline.received(direction)[: self._received[direction]]:
                 log.note_received(key, found[key.order])
         log.commit(iteration)
@@ -128,7 +132,8 @@ class BoundaryRecorder:
             (iteration, commit), self._commit = self._commit, None
             try:
                 commit.result()
-            except (MoevementError, EngineError) as error:
+            except (MoevementError, RuntimeError, TimeoutError) as error:
+                # An error of the device itself, too: if it is lost, training meets that where it goes on.
                 self._give_up(iteration, str(error))
 
     def close(self) -> None:
@@ -158,4 +163,7 @@ class BoundaryRecorder:
         if self.log is not None:
             self.log.abandon(iteration)
         if why:
+            if self.log is not None:
+                # What was written of it before may be of an attempt that failed, and is not to be served.
+                self.log.drop({iteration})
             self._events.emit("transcript_failed", iteration=iteration, reason=why)

@@ -1,4 +1,4 @@
-"""Products of bfloat16 matrices on CPUs without instructions for them.
+"""Products of bfloat16 matrices on x86 processors without AVX-512.
 
 There torch's own kernels take ten to forty times as long as those of float32, which a model on a laptop mostly waits
 for. Here they are made by the float32 kernels and rounded once, which is what hardware with such instructions does.
@@ -6,13 +6,14 @@ for. Here they are made by the float32 kernels and rounded once, which is what h
 
 from __future__ import annotations
 
+import platform
 import warnings
 from typing import Any
 
 import torch
 
 # What torch calls such CPUs.
-_WITHOUT_BFLOAT16 = ("AVX2", "DEFAULT")
+_WITHOUT_AVX512 = ("AVX2", "DEFAULT")
 # Overrides last as long as this.
 _library: torch.library.Library | None = None
 
@@ -20,7 +21,8 @@ _library: torch.library.Library | None = None
 def install() -> None:
     """Overrides torch's products of matrices, for tensors on the CPU and the whole process, where that is faster."""
     global _library
-    if _library is not None or torch.backends.cpu.get_cpu_capability() not in _WITHOUT_BFLOAT16:
+    slow = platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() in _WITHOUT_AVX512
+    if _library is not None or not slow:
         return
     _library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
@@ -56,5 +58,5 @@ def _product(kernel: Any, shape: tuple[int, ...], *tensors: torch.Tensor, **fact
     dtype = tensors[-1].dtype
     if any(one.dtype != torch.bfloat16 for one in tensors):
         return kernel(*tensors, **factors, out=torch.empty(shape, dtype=dtype))  # type: ignore[no-any-return]
-    out = kernel(*(one.float() for one in tensors), **factors, out=torch.empty(shape))
+    out = kernel(*(one.float() for one in tensors), **factors, out=torch.empty(shape, dtype=torch.float32))
     return out.to(dtype)  # type: ignore[no-any-return]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from megatron.moevement.integration.host_copies import to_host
 from moevement_ext import add_fingerprint, build_info
 from moevement_ext import fingerprint as of_memory
 
@@ -28,6 +29,6 @@ def fingerprint(tensor: torch.Tensor, result: torch.Tensor) -> None:
         stream = torch.cuda.current_stream(flat.device).cuda_stream
         add_fingerprint(flat.device.index, flat.data_ptr(), nbytes, result.data_ptr(), stream)
         return
-    host = flat.cpu()
+    host = to_host(flat)
     found = of_memory(host.data_ptr(), nbytes)
     result.fill_(found if found < _SIGN else found - 2 * _SIGN)

@@ -4,7 +4,11 @@ While a copy from or to pageable memory waits for its turn on the device, CUDA's
 copy engine's calls wait.
 """
 
+import time
+
 import torch
+
+POLL_SECONDS = 0.001
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -35,12 +39,19 @@ class HostCopy:
         if tensor.is_cuda:
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._host.copy_(tensor.detach(), non_blocking=True)
-            # Sleeps: a thread that waits busily would take a core and the driver from training.
-            self._event = torch.cuda.Event(blocking=True)
+            self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(tensor.device))
 
-    def wait(self) -> torch.Tensor:
-        """The tensor in host memory, once it is there."""
-        if self._event is not None:
-            self._event.synchronize()
+    def wait(self, timeout_seconds: float) -> torch.Tensor:
+        """The tensor in host memory, once it is there.
+
+        Raises:
+            TimeoutError: the device has not come to it in time; it may hang in a collective.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        # A thread that waits in the driver would take a core, and the driver, from training.
+        while self._event is not None and not self._event.query():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the device took longer than {timeout_seconds:g} s")
+            time.sleep(POLL_SECONDS)
         return self._host

@@ -80,6 +80,8 @@ class EngineCopier:
         nbytes = source.numel() * source.element_size()
         # What is done is let go at once; a copy that failed raises here, as it would when it is waited for.
         while self._outstanding and (self._full(nbytes) or self._oldest_finished()):
+            # Training waits for it.
+            self._engine.hurry(self._outstanding[0][0])
             self._wait_for_oldest()
         start, end, length = (np.array([number], dtype=np.uint64) for number in (source.data_ptr(), address, nbytes))
         stream = torch.cuda.current_stream(source.device).cuda_stream if source.is_cuda else 0

@@ -62,6 +62,8 @@ class Transcription:
         """Makes the transcripts of a run, and keeps those that there are. Collective."""
         boundary = boundary_of(self._job)
         self._run_id = run_id
+        # What is committed to the file now would be missing in what is found in it.
+        self._recorder.settle()
         self._use(self._memory.create(boundary, longest_run, run_id, agreement, self._ranks_on_node))
 
     def wait_until_pinned(self) -> None:
@@ -72,6 +74,7 @@ class Transcription:
         """Finds what an earlier worker of this rank left of the run, if this process has nothing yet."""
         if self._run_id != run_id:
             self._run_id = run_id
+            self._recorder.settle()
             self._use(self._memory.reopen(run_id))
 
     def forget(self) -> None:
@@ -80,7 +83,6 @@ class Transcription:
 
     def _use(self, log: TranscriptLog | None) -> None:
         if self._log is not None and log is not self._log:
-            self._recorder.settle()
             self._log.close()
         self._log = log
         self._recorder = boundary_recorder(self._job, log, self._copier, self._events)
@@ -93,7 +95,9 @@ class Transcription:
     def retain(self, run_id: str, loadable_everywhere: int, longest_run: int) -> bool:
         """Frees iterations that no window needs; False if the transcript isn't of this run."""
         if self._log is not None and run_id == self._run_id:
-            self._log.truncate(iterations_to_keep(self._log.iterations, loadable_everywhere, longest_run))
+            # Of those that were there when it was asked: one more may be committed meanwhile.
+            found = self._log.iterations
+            self._log.drop(found - iterations_to_keep(found, loadable_everywhere, longest_run))
         return run_id == self._run_id
 
     def offer(self) -> frozenset[int]:
@@ -122,7 +126,7 @@ class Transcription:
             self._deliver(iteration, scope)
         except TranscriptInvalid:
             if self._log is not None:
-                self._log.truncate(self._log.iterations - {iteration})
+                self._log.drop({iteration})
             raise
 
     def _deliver(self, iteration: int, scope: frozenset[int]) -> Sequence[Bundle]:

@@ -1,7 +1,7 @@
 """The boundary transcript of one rank, in a memory-mapped file that outlives the worker."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -219,10 +219,10 @@ class TranscriptLog:
         self._region.store_word(self.geometry.slot_offset(segment), fmt.UNCOMMITTED)
         self._free.append(segment)
 
-    def truncate(self, keep: frozenset[int]) -> None:
-        """Frees every committed iteration that is not in `keep`."""
+    def drop(self, iterations: Set[int]) -> None:
+        """Frees those of `iterations` that are committed."""
         with self._lock:
-            for iteration in [i for i in self._committed if i not in keep]:
+            for iteration in iterations & self._committed.keys():
                 self._invalidate(self._committed.pop(iteration))
 
     # ------------------------------------------------------------------------------------------------- reading
@@ -234,7 +234,7 @@ class TranscriptLog:
             return frozenset(self._committed)
 
     def records(self, iteration: int, direction: Direction) -> tuple[Record, ...]:
-        """What was sent in `direction`, in order; views of this memory, valid until the iteration is truncated.
+        """What was sent in `direction`, in order; views of this memory, valid until the iteration is dropped.
 
         Raises:
             TranscriptInvalid: the iteration isn't there, or a byte of it isn't what was sent.

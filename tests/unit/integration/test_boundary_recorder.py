@@ -10,6 +10,7 @@ import torch
 
 from megatron.moevement.errors import RecoveryError
 from megatron.moevement.events import EventLog
+from megatron.moevement.integration import boundary_recorder
 from megatron.moevement.integration.boundary_recorder import BoundaryRecorder
 from megatron.moevement.integration.fingerprint import fingerprint
 from megatron.moevement.integration.log_copy import EngineCopier, HostCopier
@@ -160,6 +161,42 @@ def test_a_failed_commit_costs_the_transcript_only(tmp_path: Path, told: Told) -
     recorder.settle()
     assert [iteration for iteration, _ in told.reasons] == [0, 1, 2, 3, 4] and "closed" in told.reasons[0][1]
     assert log.iterations == frozenset()
+
+
+class Lost(HostCopier):
+    """A copier whose device is lost, which torch tells once in its own way."""
+
+    problems = iter(["CUDA error"])
+
+    def drain(self) -> None:
+        for problem in self.problems:
+            raise RuntimeError(problem)
+
+
+def test_a_lost_device_costs_the_transcript_and_is_trainings_to_meet(log: TranscriptLog, told: Told) -> None:
+    recorder = BoundaryRecorder(MIDDLE, log, Lost(), CPU, told)
+    exchange(recorder, 0)
+    recorder.finish()
+    recorder.close()
+    assert told.reasons == [(0, "CUDA error")] and log.iterations == frozenset()
+
+
+def test_a_receipt_that_can_not_be_made_costs_the_transcript_only(
+    recorder: BoundaryRecorder, log: TranscriptLog, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise EngineError("no kernel image")
+
+    exchange(recorder, 0)
+    recorder.finish()
+    with monkeypatch.context() as patched:
+        patched.setattr(boundary_recorder, "fingerprint", fail)
+        exchange(recorder, 0)
+        recorder.check_complete()
+        recorder.finish()
+    recorder.settle()
+    # Nor is what was written before of the same iteration served.
+    assert told.reasons == [(0, "no kernel image")] and log.iterations == frozenset()
 
 
 class Held(HostCopier):

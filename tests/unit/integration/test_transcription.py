@@ -13,6 +13,7 @@ from megatron.moevement.integration.boundary import LoggedP2P
 from megatron.moevement.integration.bundle_exchange import BundleExchange
 from megatron.moevement.integration.job import TrainingJob
 from megatron.moevement.integration.transcription import Transcription
+from megatron.moevement.recovery.plan import iterations_to_keep
 from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.transcript.log import transcript_path
 from moevement_ext import CopyEngine
@@ -75,6 +76,23 @@ def test_what_no_window_needs_goes(lab: Lab) -> None:
     assert transcription.offer() == {0, 1, 2, 3, 4}
     transcription.retain("run", 4, 2)
     assert transcription.offer() == {3, 4}
+    transcription.close(keep=False)
+
+
+def test_what_is_committed_while_others_go_stays(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    transcription = lab.transcription()
+    transcription.create("run", 2, lab.agreement)
+    write(lab, range(3))
+    transcription.offer()
+
+    def meanwhile(*arguments: Any) -> frozenset[int]:
+        write(lab, range(3, 4))
+        transcription.offer()
+        return iterations_to_keep(*arguments)
+
+    monkeypatch.setattr("megatron.moevement.integration.transcription.iterations_to_keep", meanwhile)
+    transcription.retain("run", 3, 2)
+    assert transcription.offer() == {2, 3}
     transcription.close(keep=False)
 
 

@@ -47,7 +47,6 @@ def test_every_candidate_is_measured_and_the_best_is_set(tmp_path: Path, monkeyp
         log, events = EventLog(None, 0), list[dict[str, Any]]()
         log.listen(events.append)
         found = calibrating.run(log)
-    # Measured without growing, which they may do afterwards.
     assert engine.given == [(1 << 14, 3), (1 << 12, 2), (1 << 14, 3)] and calibrating.done
     assert set(found.rates) == {LARGE, SMALL} and found.chunks == LARGE and found.awaited_copies == 7
     assert [e["kind"] for e in events] == ["calibration"] and events[0]["chunk_bytes"] == 1 << 14

@@ -47,7 +47,7 @@ def test_a_replacement_finds_the_iterations(tmp_path: Path) -> None:
     for iteration in range(3):
         check(found, iteration)
         assert found.verify(iteration) == ""
-    found.truncate(frozenset({2}))
+    found.drop(found.iterations - {2})
     assert found.iterations == {2} == reopened(path).iterations
     found.remove()
     assert not path.exists()
@@ -197,7 +197,7 @@ def write_until_killed(path: str) -> None:
     log, iteration = reopened(Path(path)), 0
     while True:
         write(log, iteration)
-        log.truncate(frozenset({iteration - 1, iteration}))
+        log.drop(log.iterations - {iteration - 1, iteration})
         iteration += 1
 
 
