@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -272,6 +273,15 @@ def test_the_gil_is_free_while_a_thread_waits() -> None:
             engine.copy_now(words(source.ctypes.data), words(target.ctypes.data), words(source.nbytes))
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, also in a job that a shell runs in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_a_wait() -> None:
     source, target = pair(10_000)
     with slow_engine() as engine:
