@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.moevement.agent.channel import EXIT_AGAIN
-from megatron.moevement.agent.hang import hung, started
+from megatron.moevement.agent.hang import Patience, hung, started
 from megatron.moevement.agent.marks import NO_ITERATION, Mark
 
 Message = dict[str, Any]
@@ -107,6 +107,7 @@ class Head:
         self._failures = self._idle_generations = 0
         self._idle_deaths: dict[int, int] = {}
         self._killed: dict[int, int] = {}
+        self._patience = Patience(limits.hang_seconds)
         self._iteration, self._progress = NO_ITERATION, False
 
     # ---------------------------------------------------------------------------------------------- events
@@ -325,11 +326,12 @@ class Head:
 
     def _judge(self, now: float, marks: Mapping[int, Mark]) -> None:
         limits = self._limits
+        self._patience.see(marks)
         if not self.gathering:
             stood = {member.rank: now - member.since for member in self.members.values() if member.state == "up"}
             if stood.keys() <= marks.keys():
                 own = {rank: marks[rank] for rank in stood}
-                for rank in hung(own, self.generation, limits.hang_seconds, stood, limits.start_seconds):
+                for rank in hung(own, self.generation, self._patience, stood, limits.start_seconds):
                     self._kill(rank, _silence(own[rank], self.generation, limits.start_seconds))
             return
         for member in self.members.values():
@@ -357,5 +359,5 @@ class Head:
 def _silence(mark: Mark, generation: int, start_seconds: float) -> str:
     """Why a rank that hangs is killed."""
     if started(mark, generation):
-        return f"no progress for {mark.age:.0f} s in '{mark.point}' while others wait"
+        return f"no progress for {mark.age:.0f} s in '{mark.point}' while others wait (--hang-timeout-seconds)"
     return f"no sign of work within {start_seconds:.0f} s of its start (--start-timeout-seconds) while others wait"

@@ -169,7 +169,11 @@ def _parser() -> OneLineParser:
     add("--max-failures-without-progress", type=int, default=defaults.idle_failures, metavar="K", help=text)
     for flag, default, text in (
         ("heartbeat-timeout", defaults.heartbeat_seconds, "silence after which a node is lost"),
-        ("hang-timeout", defaults.hang_seconds, "silence of a worker, while others wait, after which it is killed"),
+        (
+            "hang-timeout",
+            defaults.hang_seconds,
+            "silence of a worker, while others wait, after which it is killed, or three times its usual one",
+        ),
         ("start-timeout", defaults.start_seconds, "for all agents to come, and for a replacement to be ready"),
         (
             "stop-timeout",
