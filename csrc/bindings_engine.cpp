@@ -36,8 +36,8 @@ std::unique_ptr<CopyEngine, DeleteInOwner> make_engine(const std::string& device
                                                        std::uint64_t max_chunk_bytes,
                                                        std::uint64_t gather_bytes_limit, std::size_t copy_streams) {
   const EngineLimits limits{chunk_bytes,          chunks_in_flight,       max_queued_tickets,
-                      max_finished_tickets, bytes_per_second_limit, burst_chunks_in_flight,
-                      max_chunk_bytes};
+                            max_finished_tickets, bytes_per_second_limit, burst_chunks_in_flight,
+                            max_chunk_bytes};
   check_limits(limits);
   std::unique_ptr<CopyDevice> copier;
   if (device == "cpu") {

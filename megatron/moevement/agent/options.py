@@ -172,7 +172,7 @@ def _parser() -> OneLineParser:
         (
             "hang-timeout",
             defaults.hang_seconds,
-            "silence of a worker, while others wait, after which it is killed, or three times its usual one",
+            "silence of a worker, while others wait, after which it is killed; at least three times the longest before",
         ),
         ("start-timeout", defaults.start_seconds, "for all agents to come, and for a replacement to be ready"),
         (

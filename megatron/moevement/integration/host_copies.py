@@ -15,10 +15,15 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, detached, in host memory; waits for the device."""
     if not tensor.is_cuda:
         return tensor.detach()
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    host.copy_(tensor.detach(), non_blocking=True)
+    host = _coming(tensor)
     torch.cuda.current_stream(tensor.device).synchronize()
     return host
+
+
+def _coming(tensor: torch.Tensor) -> torch.Tensor:
+    """Pinned memory that a tensor of the device is copied to, behind the work of the current stream."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor.detach(), non_blocking=True)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -37,8 +42,7 @@ class HostCopy:
     def __init__(self, tensor: torch.Tensor) -> None:
         self._host, self._event = tensor.detach(), None
         if tensor.is_cuda:
-            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._host.copy_(tensor.detach(), non_blocking=True)
+            self._host = _coming(tensor)
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(tensor.device))
 

@@ -166,11 +166,13 @@ def test_a_failed_commit_costs_the_transcript_only(tmp_path: Path, told: Told) -
 class Lost(HostCopier):
     """A copier whose device is lost, which torch tells once in its own way."""
 
-    problems = iter(["CUDA error"])
+    def __init__(self) -> None:
+        self.told = False
 
     def drain(self) -> None:
-        for problem in self.problems:
-            raise RuntimeError(problem)
+        if not self.told:
+            self.told = True
+            raise RuntimeError("CUDA error")
 
 
 def test_a_lost_device_costs_the_transcript_and_is_trainings_to_meet(log: TranscriptLog, told: Told) -> None:
