@@ -155,7 +155,7 @@ class SparseCheckpointManager:
         self.plan = make_plan(self._config, self._state, agreement, None, schedule.window)
         # Slots of later steps belong to iterations that will run again; each is replaced by its own capture.
         # Damaged ones go too: this rank would go on announcing them.
-        store.keep_only(frozenset(s for s in store.committed if s <= run.last and s not in unusable))
+        store.drop(step for step in store.committed if step > run.last or step in unusable)
         self._use(store, schedule, run.last).continue_from(specs, run.last)
         for record in (reader.manifest(step).record for step in run.steps):
             if record is not None:

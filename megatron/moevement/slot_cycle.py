@@ -192,16 +192,20 @@ class SlotCycle:
 
     def _retain(self, loadable_everywhere: int) -> None:
         """Frees slots that no window needs; if that is not enough, waits for the digests, then gives up the oldest."""
-        store, longest = self.store, self._plan.longest_run
-        store.keep_only(slots_to_keep(frozenset(store.committed), loadable_everywhere, longest))
+        store = self.store
+        self._drop_unneeded(loadable_everywhere)
         if store.free_slots:
             return
         self._committer.drain()
-        store.keep_only(slots_to_keep(frozenset(store.committed), loadable_everywhere, longest))
+        self._drop_unneeded(loadable_everywhere)
         if not store.free_slots:
             oldest = min(store.committed)
-            store.keep_only(frozenset(step for step in store.committed if step > oldest))
+            store.drop([oldest])
             self._tools.events.emit("window_given_up", step=oldest, reason="no free slot")
+
+    def _drop_unneeded(self, loadable_everywhere: int) -> None:
+        committed = frozenset(self.store.committed)
+        self.store.drop(committed - slots_to_keep(committed, loadable_everywhere, self._plan.longest_run))
 
 
 def schedule_fields(schedule: SlotSchedule) -> dict[str, Any]:

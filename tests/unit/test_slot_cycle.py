@@ -1,19 +1,24 @@
 """A slot in every iteration: committed, retained, counted when it fails."""
 
 import dataclasses
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron.moevement import slot_cycle
 from megatron.moevement.config import SparseCheckpointConfig
 from megatron.moevement.errors import MoevementError
 from megatron.moevement.events import EventLog
 from megatron.moevement.planning import make_plan
+from megatron.moevement.recovery.plan import slots_to_keep
 from megatron.moevement.schedule.reordering import Reordering
 from megatron.moevement.slot_cycle import SlotCycle, Tools
 from megatron.moevement.slot_memory import SlotMemory
 from megatron.moevement.snapshot.capture import Capture
+from megatron.moevement.store.format import Manifest
+from megatron.moevement.store.host_store import SlotLease
 from moevement_ext import CopyEngine, DigestPool
 from tests.support.tables import small_table
 from tests.support.toy import ToyState, alone
@@ -57,6 +62,30 @@ def test_slots_are_kept_as_long_as_a_window_needs_them(tmp_path: Path) -> None:
     status = lab.cycle.status(4)
     assert status["memory_used_bytes"] == 4 * lab.plan.memory.slot_bytes and status["failed_slots"] == 0
     assert status["window"] == 3 and status["window_index"] == 1 and status["oldest_age_steps"] <= 3
+
+
+def test_a_slot_committed_while_others_are_freed_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = Lab(tmp_path, reorder=False)
+    for step in range(4):
+        lab.take(step)
+    commit, go = lab.store.commit, threading.Event()
+
+    def commit_late(lease: SlotLease, manifest: Manifest, data_bytes: int) -> None:
+        assert go.wait(20)
+        commit(lease, manifest, data_bytes)
+
+    def decide_slowly(steps: frozenset[int], loadable_everywhere: int, longest_run: int) -> frozenset[int]:
+        go.set()
+        lab.cycle.interrupt()
+        return slots_to_keep(steps, loadable_everywhere, longest_run)
+
+    monkeypatch.setattr(lab.store, "commit", commit_late)
+    monkeypatch.setattr(slot_cycle, "slots_to_keep", decide_slowly)
+    lab.cycle.begin(4, None, -1)
+    go.clear()
+    lab.cycle.fence()
+    lab.take(5, loadable=3)
+    assert lab.steps() == {1, 2, 3, 4, 5}
 
 
 def test_without_news_the_ring_gives_up_its_oldest_slot(tmp_path: Path) -> None:

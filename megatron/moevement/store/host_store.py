@@ -2,7 +2,7 @@
 
 import errno
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,11 +186,15 @@ class HostStore:
         self._region.store_word(self.geometry.slot_offset(index), fmt.UNCOMMITTED)
         self._free.append(index)
 
-    def keep_only(self, steps: frozenset[int]) -> None:
-        """Frees every committed slot whose step is not in `steps`."""
+    def drop(self, steps: Iterable[int]) -> None:
+        """Frees the committed slots of these steps.
+
+        Whoever decides names what goes, not what stays: a slot may be committed while it decides.
+        """
         with self._lock:
-            for step in [s for s in self._by_step if s not in steps]:
-                self._invalidate(self._by_step.pop(step)[0])
+            for step in steps:
+                if step in self._by_step:
+                    self._invalidate(self._by_step.pop(step)[0])
 
     def manifest(self, step: int) -> fmt.Manifest:
         """The manifest of the committed slot of `step`; verified against its digest.
