@@ -148,18 +148,19 @@ def _layout(c: TrainingConfig) -> Iterator[UsageError]:
         yield UsageError("--context-parallel-size", "above 1 is not supported", "remove it or shorten --seq-length")
     expert_group = c.expert_tensor_size * c.expert_model_parallel_size * pipeline
     group = math.lcm(tensor * pipeline, expert_group)
+    remedy = f"start a multiple of {group} processes (--nproc-per-node), which all parallel sizes divide, or change one"
     if world % (tensor * pipeline):
         yield UsageError(
             "--pipeline-model-parallel-size",
             f"{pipeline} x --tensor-model-parallel-size {tensor} does not divide {world} processes",
-            f"start a multiple of {group} processes (--nproc-per-node)",
+            remedy,
         )
     if world % expert_group:
         yield UsageError(
             "--expert-model-parallel-size",
             f"{c.expert_model_parallel_size} x expert tensor size {c.expert_tensor_size} x {pipeline} stages does not"
             f" divide {world} processes",
-            f"start a multiple of {group} processes (--nproc-per-node)",
+            remedy,
         )
     if c.num_layers % pipeline:
         yield UsageError(

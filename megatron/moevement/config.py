@@ -68,6 +68,13 @@ class SparseCheckpointConfig:
         "Largest W that `auto` may choose; a longer window makes recovery slower in proportion.",
         unit="slots",
     )
+    copy_share: float = _knob(
+        0.8,
+        "--sparse-ckpt-copy-share",
+        "Share of the time before the optimizer step that `auto` lets the copy of a slot take. Less makes windows "
+        "longer: slots are smaller and disturb training less, recoveries replay more iterations.",
+        unit="fraction",
+    )
     measure_iterations: int = _knob(
         6,
         "--sparse-ckpt-measure-iters",
@@ -240,6 +247,8 @@ class SparseCheckpointConfig:
         for name in ("host_memory_gib", "transcript_memory_gib", "bandwidth_gib_per_second", "dense_interval"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{flag_of(name)} {getattr(self, name)}: must be 0, which turns it off, or above")
+        if not 0 < self.copy_share <= 1:
+            raise ConfigError(f"{flag_of('copy_share')} {self.copy_share}: must be above 0, and 1 at most")
         for name in ("reorder_change", "reorder_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{flag_of(name)} {getattr(self, name)}: must be between 0 and 1")

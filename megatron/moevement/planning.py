@@ -1,12 +1,13 @@
 """The plan that is made and printed before training: window, slots, host memory, expected replay."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron.moevement.config import GIB, MIB, SparseCheckpointConfig
 from megatron.moevement.errors import ConfigError
 from megatron.moevement.operators.state import TrainingState
+from megatron.moevement.operators.table import OperatorTable
 from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.schedule.ordering import capture_order
 from megatron.moevement.schedule.slots import SlotSchedule, longest_run, ring_slots
@@ -19,7 +20,7 @@ from megatron.moevement.store.memory_plan import MemoryPlan, manifest_room
 DIGEST_RATE_UNDER_LOAD = 0.6
 # Of the time before the optimizer step. That is a median, and the link gives now less, now more: on an H200 a copy that
 # took 0.9 of the time when it was planned held up every optimizer step.
-COPY_TIME_USED = 0.8
+SHARE_WITHOUT_STALL = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +39,11 @@ class Measured:
     digest_bytes_per_second: float
     digests_on_device: bool = False
 
-    @property
-    def budget_bytes(self) -> float:
-        """The largest slot that is copied before the optimizer step and digested before the next slot is there."""
+    def budget_bytes(self, copy_share: float) -> float:
+        """The largest slot that is copied in this share of the time before the optimizer step, and digested before
+        the next slot is there."""
         digested = DIGEST_RATE_UNDER_LOAD * self.digest_bytes_per_second * self.iteration_seconds
-        return min(self.bytes_per_second * COPY_TIME_USED * self.copy_seconds, digested)
+        return min(self.bytes_per_second * copy_share * self.copy_seconds, digested)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +101,7 @@ def make_plan(
     order = capture_order(table, {})
     if window is None:
         assert measured is not None
-        own = smallest_window(table, order, config.window_mode, measured.budget_bytes, config.max_window).window
-        window = int(agreement.maximum([own])[0])
+        window = int(agreement.maximum([_own_window(table, order, measured, config)])[0])
     elif window == config.window:
         most = int(agreement.maximum([len(table)])[0])
         if window > most:
@@ -128,6 +128,27 @@ def make_plan(
     )
 
 
+def _own_window(
+    table: OperatorTable, order: Sequence[str], measured: Measured, config: SparseCheckpointConfig
+) -> int:
+    """The smallest W within the share that the flag gives; where there is none, the smallest that stalls nobody."""
+    for share in (config.copy_share, max(config.copy_share, SHARE_WITHOUT_STALL)):
+        budget = measured.budget_bytes(share)
+        found = smallest_window(table, order, config.window_mode, budget, config.max_window)
+        if found.worst_slot_bytes <= budget:
+            break
+    return found.window
+
+
+def _fits(worst_slot_bytes: int, measured: Measured, copy_share: float) -> str:
+    """How the worst slot goes into an iteration, for people."""
+    if worst_slot_bytes <= measured.budget_bytes(copy_share):
+        return "fits into one"
+    if worst_slot_bytes <= measured.budget_bytes(SHARE_WITHOUT_STALL):
+        return "fits into one, but takes more of it than --sparse-ckpt-copy-share"
+    return "does not fit: expect a stall, see --sparse-ckpt-max-window"
+
+
 def describe(plan: SparsePlan, state: TrainingState, config: SparseCheckpointConfig, ranks: int) -> list[str]:
     """The plan in lines for people; sizes are those of the printing rank, memory that of every rank."""
     kinds: dict[str, int] = {}
@@ -146,12 +167,10 @@ def describe(plan: SparsePlan, state: TrainingState, config: SparseCheckpointCon
         "more that were not committed everywhere",
     ]
     if plan.measured is not None:
-        fits = max(plan.slot_bytes) <= plan.measured.budget_bytes
         lines.append(
             f"measured         {plan.measured.bytes_per_second / GIB:.2f} GiB/s device to host beside training, "
             f"{plan.measured.iteration_seconds:.3f} s an iteration, {plan.measured.copy_seconds:.3f} s of it before "
-            "the optimizer step: the worst slot "
-            + ("fits into one" if fits else "does not fit: expect a stall, see --sparse-ckpt-max-window")
+            f"the optimizer step: the worst slot {_fits(max(plan.slot_bytes), plan.measured, config.copy_share)}"
         )
         if config.digest != "off":
             who = "the device" if plan.measured.digests_on_device else "threads"

@@ -6,8 +6,8 @@ from megatron.moevement.config import GIB, SparseCheckpointConfig
 from megatron.moevement.errors import ConfigError
 from megatron.moevement.operators.table import OperatorTable
 from megatron.moevement.planning import (
-    COPY_TIME_USED,
     DIGEST_RATE_UNDER_LOAD,
+    SHARE_WITHOUT_STALL,
     Measured,
     SparsePlan,
     describe,
@@ -23,6 +23,7 @@ from tests.support.tables import small_table
 from tests.support.toy import ThreadAgreement, ToyState, alone, on_ranks
 
 CHUNKS, UNLIMITED = Chunks(8 << 20, 2), float("inf")
+SHARE = SparseCheckpointConfig().copy_share
 TABLE = small_table(expert_elements=10_000)
 DENSE = sum(o.full_bytes for o in TABLE)
 
@@ -74,9 +75,9 @@ def test_auto_takes_the_smallest_window_that_fits_the_iteration() -> None:
     slow, fast = Measured(DENSE / 2, 2.0, 1.0, CHUNKS, UNLIMITED), Measured(DENSE * 1.5, 2.0, 1.0, CHUNKS, UNLIMITED)
     assert plan(None, fast).schedule.window == 1
     found = plan(None, slow)
-    assert found.schedule.window > 1 and max(found.slot_bytes) <= slow.budget_bytes
+    assert found.schedule.window > 1 and max(found.slot_bytes) <= slow.budget_bytes(SHARE)
     forced = plan(found.schedule.window - 1)
-    assert max(forced.slot_bytes) > slow.budget_bytes, "one slot fewer wouldn't fit"
+    assert max(forced.slot_bytes) > slow.budget_bytes(SHARE), "one slot fewer wouldn't fit"
 
 
 def test_the_slowest_rank_decides_for_the_world() -> None:
@@ -114,14 +115,27 @@ def test_the_plan_is_said_in_words() -> None:
 
 def test_a_slot_that_only_just_fits_before_the_optimizer_step_makes_the_window_longer() -> None:
     largest = max(plan(2).slot_bytes)
-    tight, ample = (Measured(rate, 2.0, 1.0, CHUNKS, UNLIMITED) for rate in (largest * 1.01, largest / COPY_TIME_USED))
+    tight, ample = (Measured(rate, 2.0, 1.0, CHUNKS, UNLIMITED) for rate in (largest * 1.01, largest / SHARE))
     assert plan(None, ample).schedule.window == 2 < plan(None, tight).schedule.window
+
+
+def test_a_smaller_share_of_the_link_makes_windows_longer_where_that_makes_slots_small_enough() -> None:
+    weights = sum(o.weights_bytes for o in TABLE)
+    fast = Measured(DENSE * 1.3, 1.0, 1.0, CHUNKS, UNLIMITED)
+    usual, modest = plan(None, fast), plan(None, fast, copy_share=0.5)
+    assert usual.schedule.window < modest.schedule.window
+    assert max(modest.slot_bytes) <= fast.budget_bytes(0.5) < max(plan(modest.schedule.window - 1).slot_bytes)
+    # Every slot has all weights, which take a third of the time: no window makes it a quarter.
+    barely = Measured(weights * 3, 1.0, 1.0, CHUNKS, UNLIMITED)
+    assert plan(None, barely, copy_share=0.25).schedule.window == plan(None, barely).schedule.window
+    said = describe(plan(None, barely, copy_share=0.25), ToyState(TABLE), config(copy_share=0.25), 1)
+    assert any("takes more of it than --sparse-ckpt-copy-share" in line for line in said)
 
 
 def test_digests_that_are_slower_than_the_link_make_the_window_longer() -> None:
     fast, slow = (Measured(DENSE * 2, 2.0, 1.0, CHUNKS, rate) for rate in (UNLIMITED, DENSE / 4))
-    assert slow.budget_bytes == DIGEST_RATE_UNDER_LOAD * DENSE / 2 < fast.budget_bytes
-    assert fast.budget_bytes == DENSE * 2 * COPY_TIME_USED
+    assert slow.budget_bytes(SHARE) == DIGEST_RATE_UNDER_LOAD * DENSE / 2 < fast.budget_bytes(SHARE)
+    assert fast.budget_bytes(SHARE) == DENSE * 2 * SHARE
     assert plan(None, slow).schedule.window > plan(None, fast).schedule.window
     by_device = Measured(DENSE * 2, 2.0, 1.0, CHUNKS, DENSE / 4, digests_on_device=True)
     for who, measured in (("threads", slow), ("the device", by_device)):

@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.moevement.agent.channel import EXIT_AGAIN
+from megatron.moevement.agent.channel import EXIT_AGAIN, EXIT_REPLACE_ME
 from megatron.moevement.agent.hang import Patience, hung, started
 from megatron.moevement.agent.marks import NO_ITERATION, Mark
 
 Message = dict[str, Any]
 _EXIT_USAGE = 2
+# How often people are told who is waited for.
+_AWAITED_EVERY_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Head:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._nodes, self._limits, self._order, self._say, self._clock = nodes, limits, order, say, clock
-        self._began = clock()
+        self._began = self._awaiting_since = clock()
         self.agents: dict[int, Agent] = {}
         self.members: dict[int, Member] = {}
         self.generation, self.gathering = 0, False
@@ -167,6 +169,7 @@ class Head:
             self.stop(EXIT_AGAIN, f"{self._stopping[0]}; workers took too long (--stop-timeout-seconds)")
         if self.end is None:
             self._judge(now, marks)
+            self._say_who_is_awaited(now)
 
     def _stop_soon(self, why: str) -> None:
         """Has the workers stop after an iteration; at once if that can't be, or if it is asked for again."""
@@ -253,17 +256,19 @@ class Head:
                 self.stop(EXIT_AGAIN, f"rank {member.rank} finished and others can't go on without it")
         elif status == _EXIT_USAGE:
             self.stop(_EXIT_USAGE, f"rank {member.rank} refused its input (exit status 2)")
+        elif status == EXIT_REPLACE_ME:
+            self._die([member], "has nothing to go on from and is started anew", failures=0)
         else:
             self._die([member], why)
 
-    def _die(self, dead: list[Member], why: str) -> None:
-        """Replaces the dead, on their agents."""
+    def _die(self, dead: list[Member], why: str, failures: int = 1) -> None:
+        """Replaces the dead, on their agents; each counts for so many failures."""
         ranks = " ".join(str(member.rank) for member in dead)
         self._say(f"rank {ranks}: {why}")
         if not self.gathering:
             self._fail()
         for member in dead:
-            self._failures += 1
+            self._failures += failures
             self._idle_deaths[member.rank] = self._idle_deaths.get(member.rank, 0) + 1
         self._give_up_if_hopeless()
         if self.end is None:
@@ -276,7 +281,7 @@ class Head:
             # The slots are what a later start has; nobody waits for a recovery.
             self.stop(EXIT_AGAIN, f"{self._stopping[0]}; a failure came before that")
             return
-        self.gathering = True
+        self.gathering, self._awaiting_since = True, self._clock()
         self._idle_generations = 0 if self._progress else self._idle_generations + 1
         if self._progress:
             self._idle_deaths.clear()
@@ -343,6 +348,19 @@ class Head:
                     self._kill(member.rank, f"did not leave the failed generation within {limit:.0f} s")
             elif member.state == "starting" and waited > limits.start_seconds:
                 self._kill(member.rank, f"was not ready within {limits.start_seconds:.0f} s")
+
+    def _say_who_is_awaited(self, now: float) -> None:
+        if now - self._awaiting_since < _AWAITED_EVERY_SECONDS:
+            return
+        self._awaiting_since = now
+        if self.gathering:
+            late = [member for member in self.members.values() if member.state in ("leaving", "starting")]
+            waits = [f"rank {member.rank} ({member.state} for {now - member.since:.0f} s)" for member in late]
+            self._say(f"generation {self.generation + 1} waits for {', '.join(waits)}")
+        elif not self.members:
+            there = sorted(agent.node for agent in self.agents.values() if agent.node is not None)
+            missing = [str(node) for node in range(self._nodes) if node not in there]
+            self._say(f"waiting for the agents of node rank {', '.join(missing)}")
 
     def _kill(self, rank: int, why: str) -> None:
         member = self.members[rank]

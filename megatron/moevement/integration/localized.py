@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron.moevement import injection
+from megatron.moevement.agent.channel import EXIT_REPLACE_ME
 from megatron.moevement.agent.link import WorkerLink
 from megatron.moevement.errors import JobEnded, PeerLost, SlotInvalid, TranscriptInvalid
 from megatron.moevement.events import EventLog
@@ -30,8 +31,6 @@ from megatron.moevement.recovery.phases import Phase
 from megatron.moevement.recovery.scope import Grid, closure
 from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.types import IterationRecord
-
-_EXIT_REPLACE_ME = 1
 
 
 def _no_checkpoint() -> int | None:
@@ -340,7 +339,7 @@ class LocalizedTraining:
         job = self._job
         if decision.source == "scratch" and not job.pristine:
             print(f"rank {job.topology.rank}: nothing can be recovered; starting over", file=sys.stderr, flush=True)
-            raise SystemExit(_EXIT_REPLACE_ME)
+            raise SystemExit(EXIT_REPLACE_ME)
         if job.pristine:
             # What is kept of a Step 0 that was begun includes the random state; building doesn't make that again.
             self._state.rewind()

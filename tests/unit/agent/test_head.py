@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from megatron.moevement.agent.channel import EXIT_REPLACE_ME
 from megatron.moevement.agent.head import Head, Limits
 from megatron.moevement.agent.marks import Mark
 
@@ -83,6 +84,29 @@ def test_a_death_fails_the_generation_and_is_replaced() -> None:
     assert cluster.head.generation == 1
 
 
+def test_who_is_waited_for_is_said() -> None:
+    cluster = Cluster(slots=3)
+    cluster.die(1)
+    cluster.ready(0)
+    cluster.now = 9.0
+    cluster.tick()
+    assert not any("waits for" in line for line in cluster.said)
+    for _ in range(2):
+        cluster.now += 2.0
+        cluster.tick()
+    assert [line for line in cluster.said if "waits for" in line] == [
+        "generation 1 waits for rank 1 (starting for 11 s), rank 2 (leaving for 11 s)"
+    ]
+    cluster.ready(1, 2)
+    cluster.now += 20
+    cluster.tick()
+    early = Head(3, Limits(), lambda agent, message: None, cluster.said.append, lambda: cluster.now)
+    early.handle({"is": "enter", "agent": 0, "node": 1, "slots": 1})
+    cluster.now += 20
+    early.tick({0: (1, [])})
+    assert cluster.said[-2:] == ["generation 1 opens", "waiting for the agents of node rank 0, 2"]
+
+
 def test_a_death_before_the_next_generation_opens_is_replaced_again() -> None:
     cluster = Cluster()
     cluster.die(1)
@@ -94,6 +118,26 @@ def test_a_death_before_the_next_generation_opens_is_replaced_again() -> None:
     assert not cluster.taken()  # the dead one's word is void
     cluster.ready(1)
     assert does(cluster.taken()) == [(0, "open", 1)]
+
+
+def test_a_survivor_that_has_nothing_to_go_on_from_is_no_failure() -> None:
+    cluster = Cluster(limits=Limits(failures=1, idle_failures=3))
+    cluster.die(1)
+    cluster.ready(0, 1)
+    cluster.taken()
+    cluster.about(0, "ended", status=EXIT_REPLACE_ME, why="exit status 76")
+    cluster.about(1, "ended", status=EXIT_REPLACE_ME, why="exit status 76")
+    assert does(cluster.taken()) == [(0, "fail", 1), (0, "start", 0), (0, "start", 1)]
+    assert "rank 0: has nothing to go on from and is started anew" in cluster.said
+    # Not without end: a rank that asks again and again makes no progress.
+    for _ in range(3):
+        assert cluster.head.end is None
+        cluster.about(0, "ended", status=EXIT_REPLACE_ME, why="exit status 76")
+    assert cluster.head.end is not None and "without progress" in cluster.head.end[1]
+    cluster = Cluster(limits=Limits(failures=1, idle_failures=3))
+    cluster.die(1)
+    cluster.about(0, "ended", status=1, why="exit status 1")
+    assert cluster.head.end is not None and "more than 1 failures" in cluster.head.end[1], "the control"
 
 
 def test_a_survivor_can_die_while_the_generation_gathers() -> None:
