@@ -128,9 +128,7 @@ def make_plan(
     )
 
 
-def _own_window(
-    table: OperatorTable, order: Sequence[str], measured: Measured, config: SparseCheckpointConfig
-) -> int:
+def _own_window(table: OperatorTable, order: Sequence[str], measured: Measured, config: SparseCheckpointConfig) -> int:
     """The smallest W within the share that the flag gives; where there is none, the smallest that stalls nobody."""
     for share in (config.copy_share, max(config.copy_share, SHARE_WITHOUT_STALL)):
         budget = measured.budget_bytes(share)

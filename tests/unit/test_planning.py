@@ -7,7 +7,6 @@ from megatron.moevement.errors import ConfigError
 from megatron.moevement.operators.table import OperatorTable
 from megatron.moevement.planning import (
     DIGEST_RATE_UNDER_LOAD,
-    SHARE_WITHOUT_STALL,
     Measured,
     SparsePlan,
     describe,
