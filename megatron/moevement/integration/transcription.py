@@ -13,15 +13,13 @@ from megatron.moevement.integration.ahead import Ahead
 from megatron.moevement.integration.boundary import boundary_of, boundary_recorder, log_boundary, replay_boundary
 from megatron.moevement.integration.bundle_exchange import BundleExchange
 from megatron.moevement.integration.job import TrainingJob
-from megatron.moevement.integration.log_copy import EngineCopier, HostCopier, LogCopier
+from megatron.moevement.integration.log_copy import log_copier
 from megatron.moevement.recovery.plan import iterations_to_keep
 from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.transcript.log import TranscriptLog
 from megatron.moevement.transcript.packing import Bundle
 from megatron.moevement.transcript_memory import TranscriptMemory
 from moevement_ext import CopyEngine, DigestPool
-
-_OUTSTANDING_BYTES_LIMIT = 64 << 20
 
 
 class Transcription:
@@ -46,9 +44,7 @@ class Transcription:
         self._job, self._ranks_on_node, self._events = job, ranks_on_node, events
         self._digests = DigestPool(config.threads(ranks_on_node))
         self._memory = TranscriptMemory(config, job.topology.rank, engine, self._digests, events)
-        self._copier: LogCopier = HostCopier()
-        if job.topology.device.type == "cuda":
-            self._copier = EngineCopier(engine, _OUTSTANDING_BYTES_LIMIT)
+        self._copier = log_copier(engine, job.topology.device)
         self._log: TranscriptLog | None = None
         self._recorder = boundary_recorder(job, None, self._copier, events)
         self._run_id = ""

@@ -82,3 +82,7 @@ def test_nobody_waits_for_a_thread_that_broke() -> None:
     neighbour.may.release()
     with pytest.raises(RecoveryError, match="could not be fetched"):
         Ahead(neighbour, [1])(1)
+    # It says so on its way out, which must not come during another test.
+    for thread in threading.enumerate():
+        if thread.name == "moevement-fetch":
+            thread.join()
