@@ -122,7 +122,7 @@ class SparseCheckpointManager:
         wanted = {**self._identity}
         if self._config.window is not None:
             wanted["--sparse-ckpt-window"] = self._config.window
-        found = find_store(path, wanted, self._agreement)
+        found = find_store(path, wanted, self._agreement, self._config.host_memory_gib)
         choice = choose_source(found, self._state, self._agreement, self._digests, dense_step)
         if not self._config.dry_run:
             # A dry run looks for no slots, and has nothing to say of them.

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron.moevement.config import SparseCheckpointConfig
+from megatron.moevement.config import GIB, SparseCheckpointConfig
 from megatron.moevement.errors import MoevementError, RecoveryError, StoreError
 from megatron.moevement.events import EventLog
 from megatron.moevement.manager import SparseCheckpointManager
@@ -259,6 +259,16 @@ def test_too_little_memory_is_refused_and_leaves_nothing(tmp_path: Path) -> None
     with pytest.raises(StoreError, match="--sparse-ckpt-host-memory-gib"):
         worker.manager.start(None)
     assert not store_path(worker.config.job_directory, 0).exists()
+
+
+def test_slots_above_the_limit_of_memory_are_refused_and_stay(tmp_path: Path) -> None:
+    first = Worker(tmp_path)
+    first.manager.start(None)
+    first.train(5).crash()
+    taken = store_path(first.config.job_directory, 0).stat().st_size / GIB
+    with pytest.raises(StoreError, match=r"--sparse-ckpt-host-memory-gib .*: the slots in .* take .* GiB; raise"):
+        Worker(tmp_path, host_memory_gib=taken / 2).manager.start(None)
+    assert Worker(tmp_path, host_memory_gib=taken).manager.start(None).step == 4
 
 
 def test_ages_and_memory_stay_in_their_bounds(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron.moevement.config import GIB
 from megatron.moevement.errors import SlotInvalid, StoreError
 from megatron.moevement.operators.state import TrainingState
 from megatron.moevement.recovery.plan import common_run
@@ -62,12 +63,15 @@ def open_quietly(path: Path) -> Found:
         return Found(None, f"damaged slots: {error}")
 
 
-def find_store(path: Path | None, identity: Mapping[str, Any], agreement: Agreement) -> Found:
+def find_store(
+    path: Path | None, identity: Mapping[str, Any], agreement: Agreement, host_memory_gib: float = 0.0
+) -> Found:
     """Opens the slots that an earlier worker of this rank left; `path` is None if none are wanted. Collective.
 
     Raises:
-        StoreError: on all ranks, if on any rank the slots belong to another model, layout or format: a person must
-            decide. Damaged and missing files are not an error here, since a dense checkpoint may serve.
+        StoreError: on all ranks, if on any rank the slots belong to another model, layout or format, or take more than
+            `host_memory_gib` (0: no limit): a person must decide. Damaged and missing files are not an error here,
+            since a dense checkpoint may serve.
     """
     store, problem, refusal = None, "", ""
     try:
@@ -76,7 +80,7 @@ def find_store(path: Path | None, identity: Mapping[str, Any], agreement: Agreem
         store = HostStore.open(path) if path is not None and path.exists() else None
         problem = "" if store else "no slots"
         if store is not None and path is not None:
-            refusal = _mismatch(path, store.content["identity"], identity)
+            refusal = _mismatch(path, store.content["identity"], identity) or _excess(path, store, host_memory_gib)
     except SlotInvalid as error:
         problem = f"damaged slots: {error}"
     except StoreError as error:
@@ -98,6 +102,16 @@ def _mismatch(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) 
                 "--sparse-ckpt-name, or discard the slots with --sparse-ckpt-fresh"
             )
     return ""
+
+
+def _excess(path: Path, store: HostStore, host_memory_gib: float) -> str:
+    taken_gib = store.geometry.file_bytes / GIB
+    if not host_memory_gib or taken_gib <= host_memory_gib:
+        return ""
+    return (
+        f"--sparse-ckpt-host-memory-gib {host_memory_gib:g}: the slots in {path} take {taken_gib:.3g} GiB; raise it, "
+        "or discard the slots with --sparse-ckpt-fresh"
+    )
 
 
 def choose_source(
