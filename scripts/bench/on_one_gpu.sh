@@ -2,7 +2,7 @@
 # Builds the extension on a machine with one GPU, and tests or measures there.
 # Usage: scripts/bench/on_one_gpu.sh RESULTS_DIRECTORY PART...
 # Parts: build (the extension and its native tests, unless they are there), extension (tests of the core), native (its C++ tests on the GPU), sanitizer (under compute-sanitizer), job (the
-# main job killed and recovered), exact (job, and a slot damaged in memory), boundary (transcripts), digests (those of the device against the host's), copies (copy_engine.py), NAME=VARIANTS (overhead.py --model NAME at the planner's W).
+# main job killed and recovered), exact (job, and a slot damaged in memory), boundary (transcripts), digests (those of the device against the host's), copies (copy_engine.py), NAME=VARIANTS (overhead.py --model NAME at the planner's W; files end in $TAG).
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 results=$1
@@ -50,7 +50,7 @@ for part in "$@"; do
     *=*)
       # dcp and nvrx write to memory as well, once the slots are gone: a disk would have to hold several of their files.
       python3 scripts/bench/overhead.py --model "${part%%=*}" --window auto --limit-seconds "${LIMIT:-200}" \
-        --variants "${part#*=}" --scratch /dev/shm/moevement ${OPTIONS:-} --output "$results/overhead_${part%%=*}" \
+        --variants "${part#*=}" --scratch /dev/shm/moevement ${OPTIONS:-} --output "$results/overhead_${part%%=*}${TAG:-}" \
         2>"$results/${part%%=*}.log" &
       measured=$!
       (sleep 75 && grep -E "Shmem|MemAvailable" /proc/meminfo) &
