@@ -72,7 +72,9 @@ class SparseCheckpointConfig:
         0.8,
         "--sparse-ckpt-copy-share",
         "Share of the time before the optimizer step that `auto` lets the copy of a slot take. Less makes windows "
-        "longer: slots are smaller and disturb training less, recoveries replay more iterations.",
+        "longer: slots are smaller and disturb training less, recoveries replay more iterations. Where no window makes "
+        "slots that small, it takes the next larger share, in steps of 0.1 up to 0.8. A window that is given, or found "
+        "with slots, stays as it is.",
         unit="fraction",
     )
     measure_iterations: int = _knob(
@@ -135,7 +137,7 @@ class SparseCheckpointConfig:
         0.0,
         "--sparse-ckpt-host-memory-gib",
         "Limit of the slots' memory per rank; 0 is no limit but the file system's free space. The plan is "
-        "printed, and refused if it needs more.",
+        "printed, and refused if it needs more; so are slots of an earlier run that take more.",
         unit="GiB",
     )
     transcript: str = _knob(

@@ -370,7 +370,7 @@ class SparseCheckpointManager:
         self._adopt(Measured(*rates, digests, self._tools.device_digests is not None), None)
 
     def _adopt(self, measured: Measured | None, window: int | None) -> None:
-        """Makes the plan and takes its memory, on all ranks or on none."""
+        """Makes the plan and takes its memory, on all ranks or on none; all begin when that of all is pinned."""
         self.plan = make_plan(self._config, self._state, self._agreement, measured, window)
         self._memory.check(self.plan)
         if self._config.dry_run:
@@ -379,8 +379,8 @@ class SparseCheckpointManager:
         content = {"identity": identity, "operators": self._state.table.to_json()}
         self._store = self._memory.create(self.plan, content, self._threads)
         self._events.emit("plan", **schedule_fields(self.plan.schedule), memory_bytes=self.plan.memory.total_bytes)
-        self._loadable_everywhere = self._announcement[0]
-        if min(self._agreement.gather(self._loadable_everywhere)) > NOT_PINNED:
+        self._loadable_everywhere = min(self._agreement.gather(self._announcement[0]))
+        if self._loadable_everywhere > NOT_PINNED:
             self._begin_captures(self._first_step)
 
     def _begin_captures(self, step: int) -> None:

@@ -21,6 +21,7 @@ DIGEST_RATE_UNDER_LOAD = 0.6
 # Of the time before the optimizer step. That is a median, and the link gives now less, now more: on an H200 a copy that
 # took 0.9 of the time when it was planned held up every optimizer step.
 SHARE_WITHOUT_STALL = 0.8
+_SHARE_STEP = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +130,14 @@ def make_plan(
 
 
 def _own_window(table: OperatorTable, order: Sequence[str], measured: Measured, config: SparseCheckpointConfig) -> int:
-    """The smallest W within the share that the flag gives; where there is none, the smallest that stalls nobody."""
-    for share in (config.copy_share, max(config.copy_share, SHARE_WITHOUT_STALL)):
+    """The smallest W within the share that the flag gives; where there is none, within the next larger one."""
+    share = config.copy_share
+    while True:
         budget = measured.budget_bytes(share)
         found = smallest_window(table, order, config.window_mode, budget, config.max_window)
-        if found.worst_slot_bytes <= budget:
-            break
-    return found.window
+        if found.worst_slot_bytes <= budget or share >= SHARE_WITHOUT_STALL:
+            return found.window
+        share = min(share + _SHARE_STEP, SHARE_WITHOUT_STALL)
 
 
 def _fits(worst_slot_bytes: int, measured: Measured, copy_share: float) -> str:

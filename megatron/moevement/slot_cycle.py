@@ -1,5 +1,6 @@
 """The slots of one rank while iterations run: begun, fenced, committed, retained; one store and one schedule."""
 
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class SlotCycle:
         self._capture = Capture(tools.state, store, tools.engine, *whose, tools.device_digests)
         self._committer = Committer(store, tools.digests, self._on_committed)
         self._age = SnapshotAge(names, max(plan.longest_run, schedule.window), first_step)
-        self.failed_slots, self._step = 0, first_step
+        self.failed_slots, self._step, self._failing = 0, first_step, threading.Lock()
         self._slot_bytes, self._stall_seconds, self._fence_started_time = 0, 0.0, 0.0
 
     def continue_from(self, specs: Mapping[int, SlotSpec], last: int) -> None:
@@ -185,9 +186,13 @@ class SlotCycle:
         )
 
     def _fail(self, step: int, why: str) -> None:
-        """A failed save never ends training: counted, reported, and the next iteration tries again."""
-        self.failed_slots += 1
-        self._age.restart(step)
+        """A failed save never ends training: counted, reported, and the next iteration tries again.
+
+        Runs on the committer's thread too.
+        """
+        with self._failing:
+            self.failed_slots += 1
+            self._age.restart(step)
         self._tools.events.emit("slot_failed", step=step, reason=why, failed_slots=self.failed_slots)
 
     def _retain(self, loadable_everywhere: int) -> None:

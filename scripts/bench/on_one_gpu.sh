@@ -51,11 +51,11 @@ for part in "$@"; do
       # dcp and nvrx write to memory as well, once the slots are gone: a disk would have to hold several of their files.
       python3 scripts/bench/overhead.py --model "${part%%=*}" --window auto --limit-seconds "${LIMIT:-200}" \
         --variants "${part#*=}" --scratch /dev/shm/moevement ${OPTIONS:-} --output "$results/overhead_${part%%=*}${TAG:-}" \
-        2>"$results/${part%%=*}.log" &
+        2>"$results/${part%%=*}${TAG:-}.log" &
       measured=$!
       (sleep 75 && grep -E "Shmem|MemAvailable" /proc/meminfo) &
       wait $measured
-      tail -25 "$results/${part%%=*}.log" ;;
+      tail -25 "$results/${part%%=*}${TAG:-}.log" ;;
   esac
 done
 note end

@@ -23,7 +23,7 @@ from megatron.moevement.types import SlotSpec
 from moevement_ext import CopyEngine, DeviceDigests, DigestPool
 from tests.support.engines import PinningEngine
 from tests.support.tables import small_table
-from tests.support.toy import ToyState, alone, on_ranks
+from tests.support.toy import ThreadAgreement, ToyState, alone, on_ranks
 
 TABLE = small_table()
 LAST = 14
@@ -265,9 +265,10 @@ def test_slots_above_the_limit_of_memory_are_refused_and_stay(tmp_path: Path) ->
     first = Worker(tmp_path)
     first.manager.start(None)
     first.train(5).crash()
-    taken = store_path(first.config.job_directory, 0).stat().st_size / GIB
+    assert first.manager.plan is not None
+    taken = first.manager.plan.memory.total_bytes / GIB
     with pytest.raises(StoreError, match=r"--sparse-ckpt-host-memory-gib .*: the slots in .* take .* GiB; raise"):
-        Worker(tmp_path, host_memory_gib=taken / 2).manager.start(None)
+        Worker(tmp_path, host_memory_gib=taken * 0.999).manager.start(None)
     assert Worker(tmp_path, host_memory_gib=taken).manager.start(None).step == 4
 
 
@@ -300,6 +301,27 @@ def test_slots_are_taken_once_the_memory_of_all_ranks_is_pinned(tmp_path: Path) 
     again.manager.start(None)
     again.train(first + 8)
     assert again.state.everything() == undisturbed(first + 8)
+
+
+def test_no_rank_takes_slots_before_the_memory_of_all_is_pinned(tmp_path: Path) -> None:
+    def one(agreement: ThreadAgreement) -> set[int]:
+        slow = PinningEngine() if agreement.rank else None
+        worker = Worker(tmp_path, agreement, engine=slow)
+        worker.manager.start(None)
+        worker.train(3)
+        assert not worker.manager.capturing
+        if slow is not None:
+            slow.go.set()
+        for _ in range(5000):
+            if worker.manager.capturing:
+                break
+            worker.train(worker.state.step + 1)
+        worker.train(worker.state.step + 5).crash()
+        assert not worker.steps("slot_failed")
+        return worker.steps("pinned")
+
+    first, second = on_ranks(2, one)
+    assert isinstance(first, set) and first == second and min(first) >= 3
 
 
 def test_slow_digests_make_training_wait_and_cost_no_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ STORE_VARIABLE = "MOEVEMENT_AGENT_STORE"
 GENERATION_VARIABLE = "MOEVEMENT_GENERATION"
 # EX_TEMPFAIL: the job did not finish and can go on from what is persisted; a scheduler may requeue it.
 EXIT_AGAIN = 75
-# A worker that has nothing to go on from, because another failed, asks for a fresh process in its place.
+# A worker asks for a fresh process in its place: another has failed, and there is nothing to roll back to.
 EXIT_REPLACE_ME = 76
 _LARGEST_BYTES = 1 << 17
 

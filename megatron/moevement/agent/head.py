@@ -108,6 +108,8 @@ class Head:
         self._stopped_early = False
         self._failures = self._idle_generations = 0
         self._idle_deaths: dict[int, int] = {}
+        # Ranks that have asked to be replaced since the last failure, which is what they may ask for once.
+        self._excused: set[int] = set()
         self._killed: dict[int, int] = {}
         self._patience = Patience(limits.hang_seconds)
         self._iteration, self._progress = NO_ITERATION, False
@@ -257,32 +259,36 @@ class Head:
         elif status == _EXIT_USAGE:
             self.stop(_EXIT_USAGE, f"rank {member.rank} refused its input (exit status 2)")
         elif status == EXIT_REPLACE_ME:
-            self._die([member], "has nothing to go on from and is started anew", failures=0)
+            excused = member.rank not in self._excused
+            self._die([member], "has nothing to go on from and is started anew" if excused else why, not excused)
+            self._excused.add(member.rank)
         else:
             self._die([member], why)
 
-    def _die(self, dead: list[Member], why: str, failures: int = 1) -> None:
-        """Replaces the dead, on their agents; each counts for so many failures."""
+    def _die(self, dead: list[Member], why: str, counted: bool = True) -> None:
+        """Replaces the dead, on their agents."""
         ranks = " ".join(str(member.rank) for member in dead)
         self._say(f"rank {ranks}: {why}")
         if not self.gathering:
-            self._fail()
-        for member in dead:
-            self._failures += failures
-            self._idle_deaths[member.rank] = self._idle_deaths.get(member.rank, 0) + 1
+            self._fail(counted)
+        if counted:
+            self._excused.clear()
+            for member in dead:
+                self._failures += 1
+                self._idle_deaths[member.rank] = self._idle_deaths.get(member.rank, 0) + 1
         self._give_up_if_hopeless()
         if self.end is None:
             for member in dead:
                 self._start(member)
 
-    def _fail(self) -> None:
-        """The open generation fails."""
+    def _fail(self, counted: bool = True) -> None:
+        """The open generation fails; unless it is counted it does so as a consequence of an earlier failure."""
         if self._stopping is not None:
             # The slots are what a later start has; nobody waits for a recovery.
             self.stop(EXIT_AGAIN, f"{self._stopping[0]}; a failure came before that")
             return
         self.gathering, self._awaiting_since = True, self._clock()
-        self._idle_generations = 0 if self._progress else self._idle_generations + 1
+        self._idle_generations = 0 if self._progress else self._idle_generations + counted
         if self._progress:
             self._idle_deaths.clear()
         self._progress = False

@@ -14,10 +14,9 @@ from moevement_ext import CopyEngine, EngineError
 # Snapshots have priority 0. Chunks that are in flight already go first.
 LOG_PRIORITY = 4
 MAX_OUTSTANDING_COPIES = 8
-# Held whatever their size: a host that waits for the last copy but one can't launch ahead of the device.
-MIN_OUTSTANDING_COPIES = 4
 COPY_TIMEOUT_SECONDS = 120.0
-OUTSTANDING_BYTES_LIMIT = 64 << 20
+# Several boundary tensors: a host that waits for the last copy but one can't launch ahead of the device.
+OUTSTANDING_BYTES_LIMIT = 256 << 20
 
 
 class LogCopier(Protocol):
@@ -62,8 +61,8 @@ class EngineCopier:
 
     Args:
         engine: shared with the snapshots.
-        outstanding_bytes_limit: of tensors that are held, if they are more than MIN_OUTSTANDING_COPIES; above it a
-            copy waits for earlier ones.
+        outstanding_bytes_limit: of tensors that are held; above it a copy waits for earlier ones. A larger tensor is
+            held alone.
     """
 
     def __init__(self, engine: CopyEngine, outstanding_bytes_limit: int) -> None:
@@ -92,8 +91,7 @@ class EngineCopier:
         self._bytes += nbytes
 
     def _full(self, nbytes: int) -> bool:
-        held = len(self._outstanding)
-        return held >= MAX_OUTSTANDING_COPIES or (held >= MIN_OUTSTANDING_COPIES and self._bytes + nbytes > self._limit)
+        return self._bytes + nbytes > self._limit or len(self._outstanding) >= MAX_OUTSTANDING_COPIES
 
     def _oldest_finished(self) -> bool:
         return self._engine.state(self._outstanding[0][0]) not in ("queued", "running")

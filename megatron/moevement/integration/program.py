@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron.moevement import injection
-from megatron.moevement.agent.channel import EXIT_AGAIN, EXIT_REPLACE_ME
+from megatron.moevement.agent.channel import EXIT_AGAIN
 from megatron.moevement.agent.link import WorkerLink
 from megatron.moevement.argument_checks import check_outputs
 from megatron.moevement.config import SparseCheckpointConfig
@@ -43,7 +43,7 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
 
     Raises:
         ConfigError, StoreError: something that the user can mend; the message says what.
-        SystemExit: after one line, if another rank is gone: the launcher restarts the job, an agent this process.
+        SystemExit: status 1 after one line, if another rank is gone; the launcher restarts the job.
     """
     link = WorkerLink.from_environment()
     if link is not None and not sparse.enabled:
@@ -83,7 +83,7 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
         if not lost and not any(text in str(error) for text in _PEER_LOST):
             raise
         print(f"rank {rank}: another rank is gone ({_first_line(error)})", file=sys.stderr, flush=True)
-        raise SystemExit(EXIT_REPLACE_ME if link is not None else EXIT_PEER_LOST) from None
+        raise SystemExit(EXIT_PEER_LOST) from None
     finally:
         if link is not None:
             link.close()

@@ -63,9 +63,7 @@ def open_quietly(path: Path) -> Found:
         return Found(None, f"damaged slots: {error}")
 
 
-def find_store(
-    path: Path | None, identity: Mapping[str, Any], agreement: Agreement, host_memory_gib: float = 0.0
-) -> Found:
+def find_store(path: Path | None, identity: Mapping[str, Any], agreement: Agreement, host_memory_gib: float) -> Found:
     """Opens the slots that an earlier worker of this rank left; `path` is None if none are wanted. Collective.
 
     Raises:
@@ -105,11 +103,12 @@ def _mismatch(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) 
 
 
 def _excess(path: Path, store: HostStore, host_memory_gib: float) -> str:
-    taken_gib = store.geometry.file_bytes / GIB
+    # What a plan is checked by.
+    taken_gib = store.geometry.slots * store.geometry.slot_bytes / GIB
     if not host_memory_gib or taken_gib <= host_memory_gib:
         return ""
     return (
-        f"--sparse-ckpt-host-memory-gib {host_memory_gib:g}: the slots in {path} take {taken_gib:.3g} GiB; raise it, "
+        f"--sparse-ckpt-host-memory-gib {host_memory_gib:g}: the slots in {path} take {taken_gib:.6f} GiB; raise it, "
         "or discard the slots with --sparse-ckpt-fresh"
     )
 

@@ -3,6 +3,7 @@
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -84,6 +85,9 @@ class Committer:
                 if slot is None:
                     return
                 self._on_committed(self._try_commit(slot))
+            except Exception:
+                # Whoever is told of a commit can't end commits: training would wait for the next one forever.
+                traceback.print_exc()
             finally:
                 self._queue.task_done()
 

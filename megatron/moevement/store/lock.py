@@ -29,21 +29,25 @@ def hold(slots: Path, wait_seconds: float = WAIT_SECONDS) -> None:
     path = lock_path(slots)
     if path in _held:
         return
-    try:
-        descriptor = _open(path)
-    except OSError as error:
-        raise StoreError(
-            f"--sparse-ckpt-dir {path.parent}: {error.strerror}; choose a directory that can be written"
-        ) from error
     deadline = time.monotonic() + wait_seconds
-    while not _taken(descriptor):
-        if time.monotonic() >= deadline:
-            os.close(descriptor)
+    while True:
+        try:
+            descriptor = _open(path)
+        except OSError as error:
+            raise StoreError(
+                f"--sparse-ckpt-dir {path.parent}: {error.strerror}; choose a directory that can be written"
+            ) from error
+        taken = _taken(descriptor)
+        if taken and _is_at(path, descriptor):
+            break
+        os.close(descriptor)
+        if not taken and time.monotonic() >= deadline:
             raise StoreError(
                 f"--sparse-ckpt-name {path.parent.name}: another running job uses {slots}; stop it or choose "
                 "another name"
             )
-        time.sleep(_POLL_SECONDS)
+        if not taken:
+            time.sleep(_POLL_SECONDS)
     _held[path] = descriptor
 
 
@@ -68,6 +72,14 @@ def release(slots: Path, remove: bool) -> None:
     if remove:
         lock_path(slots).unlink(missing_ok=True)
     os.close(descriptor)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the file is still the one at `path`: a holder that ends removes it, and others may have made another."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _taken(descriptor: int) -> bool:

@@ -6,7 +6,7 @@ import pytest
 
 from megatron.moevement.agent.channel import EXIT_REPLACE_ME
 from megatron.moevement.agent.head import Head, Limits
-from megatron.moevement.agent.marks import Mark
+from megatron.moevement.agent.marks import NO_ITERATION, Mark
 
 FRESH = Mark(3, 0.0, 0, 1, False, "forward", False)
 
@@ -129,15 +129,37 @@ def test_a_survivor_that_has_nothing_to_go_on_from_is_no_failure() -> None:
     cluster.about(1, "ended", status=EXIT_REPLACE_ME, why="exit status 76")
     assert does(cluster.taken()) == [(0, "fail", 1), (0, "start", 0), (0, "start", 1)]
     assert "rank 0: has nothing to go on from and is started anew" in cluster.said
-    # Not without end: a rank that asks again and again makes no progress.
-    for _ in range(3):
+    # Once: nothing else has failed since.
+    cluster.ready(0, 1)
+    cluster.about(0, "ended", status=EXIT_REPLACE_ME, why="exit status 76")
+    assert cluster.said[-2:] == ["rank 0: exit status 76", "stopping: more than 1 failures (--max-failures)"]
+
+
+def test_asking_to_be_replaced_again_and_again_ends_the_job() -> None:
+    cluster = Cluster(limits=Limits(failures=10, idle_failures=3))
+    busy = dataclasses.replace(FRESH, iteration=NO_ITERATION)
+    for _ in range(12):
         assert cluster.head.end is None
-        cluster.about(0, "ended", status=EXIT_REPLACE_ME, why="exit status 76")
-    assert cluster.head.end is not None and "without progress" in cluster.head.end[1]
-    cluster = Cluster(limits=Limits(failures=1, idle_failures=3))
-    cluster.die(1)
-    cluster.about(0, "ended", status=1, why="exit status 1")
-    assert cluster.head.end is not None and "more than 1 failures" in cluster.head.end[1], "the control"
+        now = dataclasses.replace(busy, generation=cluster.head.generation)
+        cluster.about(0, "ended", now, status=EXIT_REPLACE_ME, why="exit status 76")
+        for rank in range(2):
+            cluster.about(rank, "ready", now)
+    assert cluster.head.end is not None and "more than 10 failures" in cluster.head.end[1]
+
+
+def test_a_failure_before_the_first_window_is_one_failure_without_progress() -> None:
+    cluster = Cluster(limits=Limits(failures=100, idle_failures=3))
+    idle = dataclasses.replace(FRESH, beats=1, iteration=NO_ITERATION)
+    for _ in range(3):
+        for dead in ({1: 1}, {0: EXIT_REPLACE_ME, 1: EXIT_REPLACE_ME}):
+            for rank, status in dead.items():
+                cluster.about(rank, "ended", idle, status=status, why=f"exit status {status}")
+            for rank in range(2):
+                cluster.about(rank, "ready", idle)
+        assert cluster.head.end is None
+    assert cluster.head.generation == 6
+    cluster.about(1, "ended", idle, status=1, why="exit status 1")
+    assert cluster.head.end is not None and "4 failures without progress" in cluster.head.end[1]
 
 
 def test_a_survivor_can_die_while_the_generation_gathers() -> None:

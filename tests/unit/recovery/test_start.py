@@ -35,7 +35,7 @@ def choose(directory: Path, dense_step: int | None = None, identity: dict[str, A
 
     def one(agreement: ThreadAgreement) -> Choice:
         path = store_path(directory, agreement.rank)
-        found = find_store(path, {"--seed": 1} if identity is None else identity, agreement)
+        found = find_store(path, {"--seed": 1} if identity is None else identity, agreement, 0.0)
         return choose_source(found, ToyState(TABLE), agreement, DigestPool(), dense_step)
 
     results = on_ranks(RANKS, one)
@@ -118,7 +118,7 @@ def test_slots_of_another_model_are_refused_on_every_rank(tmp_path: Path) -> Non
 
     def one(agreement: ThreadAgreement) -> Found:
         seed = 2 if agreement.rank == 1 else 1
-        return find_store(store_path(tmp_path, agreement.rank), {"--seed": seed}, agreement)
+        return find_store(store_path(tmp_path, agreement.rank), {"--seed": seed}, agreement, 0.0)
 
     results = on_ranks(RANKS, one)
     assert all(isinstance(result, StoreError) for result in results)
@@ -130,7 +130,7 @@ def test_slots_of_another_model_are_refused_on_every_rank(tmp_path: Path) -> Non
 
 
 def test_slots_that_are_not_wanted_are_not_opened() -> None:
-    assert on_ranks(1, lambda agreement: find_store(None, {}, agreement)) == [Found(None, "no slots")]
+    assert on_ranks(1, lambda agreement: find_store(None, {}, agreement, 0.0)) == [Found(None, "no slots")]
 
 
 def test_restarts_are_counted_over_launchers(monkeypatch: pytest.MonkeyPatch) -> None:

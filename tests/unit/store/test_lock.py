@@ -1,6 +1,7 @@
 """Slots that a running process uses are refused to every other, and to nobody once it is gone."""
 
 import contextlib
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -36,6 +37,24 @@ def test_another_process_is_refused_until_the_holder_is_killed(tmp_path: Path) -
     hold(slots, 0.0)
     release(slots, remove=True)
     assert not lock_path(slots).exists()
+
+
+def test_a_lock_file_that_its_holder_removes_meanwhile_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots, take, attempts = tmp_path / "rank00000.slots", fcntl.lockf, list[int]()
+
+    def removed_first(descriptor: int, how: int) -> None:
+        if not attempts:
+            lock_path(slots).unlink()
+        attempts.append(descriptor)
+        take(descriptor, how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "lockf", removed_first)
+        hold(slots, 0.0)
+    assert len(attempts) == 2 and lock_path(slots).exists()
+    release(slots, remove=True)
 
 
 def test_a_released_lock_may_stay_as_a_file(tmp_path: Path) -> None:
