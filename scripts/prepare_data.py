@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", type=Path, help="text files, .jsonl files or folders of them")
     source.add_argument("--python-stdlib", action="store_true", help="the sources of Python's standard library")
-    parser.add_argument("--output-prefix", type=Path, required=True, help="path of the files without .bin and .idx")
+    parser.add_argument("--output-prefix", required=True, help="path of the files without .bin and .idx")
     parser.add_argument("--max-megabytes", type=float, default=None, help="stop after this much text (10^6 bytes)")
     parser.add_argument("--json-key", default="text", help="key of the text in a JSON line")
     parser.add_argument(
@@ -139,6 +139,9 @@ def main(argv: list[str] | None = None) -> int:
     limit = float("inf") if args.max_megabytes is None else args.max_megabytes * MEGABYTE
     if not limit > 0:
         refuse(PROGRAM, "--max-megabytes must be above 0: raise it")
+    if args.output_prefix.endswith("/"):
+        refuse(PROGRAM, f"--output-prefix {args.output_prefix}: is a folder; add the name of the files in it")
+    args.output_prefix = Path(args.output_prefix)
     from megatron.moevement.integration.quiet import quiet_core_warnings
 
     quiet_core_warnings()

@@ -231,7 +231,8 @@ class SparseCheckpointConfig:
     dry_run: bool = _knob(
         False,
         "--sparse-ckpt-dry-run",
-        "Print the plan (operators, bytes per slot, window, host memory, replay length) and exit.",
+        "Print the plan (operators, bytes per slot, window, host memory, replay length) and exit. Where `auto` chooses "
+        "the window, the iterations that it measures are trained first.",
     )
 
     def __post_init__(self) -> None:

@@ -16,7 +16,6 @@ from megatron.moevement.recovery.conversion import Conversion, Progress, StartPo
 from megatron.moevement.recovery.plan import known_everywhere
 from megatron.moevement.recovery.sources import SlotReader
 from megatron.moevement.recovery.start import (
-    Choice,
     Found,
     SlotOffer,
     choose_source,
@@ -90,6 +89,11 @@ class SparseCheckpointManager:
             return None
         return Retention(self._cycle.store.content["run_id"], self._loadable_everywhere, self.plan.longest_run)
 
+    @property
+    def has_window(self) -> bool:
+        """Whether this rank has committed a whole window."""
+        return self._cycle is not None and self._cycle.has_window
+
     def record(self, iteration: int) -> IterationRecord | None:
         """The record of a recent iteration."""
         return self._records.get(iteration)
@@ -118,15 +122,14 @@ class SparseCheckpointManager:
             together(self._agreement, lambda: discard(self._path))
         self._started = True
         injection.reached("start")
-        path = None if self._config.dry_run else self._path
-        wanted = {**self._identity}
+        path, wanted = None if self._config.dry_run else self._path, {**self._identity}
         if self._config.window is not None:
             wanted["--sparse-ckpt-window"] = self._config.window
         found = find_store(path, wanted, self._agreement, self._config.host_memory_gib)
         choice = choose_source(found, self._state, self._agreement, self._digests, dense_step)
         if not self._config.dry_run:
-            # A dry run looks for no slots, and has nothing to say of them.
-            self._events.emit("start", run=_run_list(choice), dense_step=choice.dense_step, reasons=choice.reasons)
+            run = [choice.run.first, choice.run.last] if choice.run is not None else None
+            self._events.emit("start", run=run, dense_step=choice.dense_step, reasons=choice.reasons)
         if choice.run is None:
             if found.store is not None:
                 found.store.close()
@@ -394,7 +397,3 @@ class SparseCheckpointManager:
         assert self.plan is not None
         self._store, self._cycle = store, SlotCycle(self._tools, store, self.plan, schedule, step)
         return self._cycle
-
-
-def _run_list(choice: Choice) -> list[int] | None:
-    return [choice.run.first, choice.run.last] if choice.run is not None else None

@@ -11,7 +11,7 @@ from megatron.moevement.errors import MoevementError
 from megatron.moevement.events import EventLog
 from megatron.moevement.operators.state import TrainingState
 from megatron.moevement.planning import SparsePlan
-from megatron.moevement.recovery.plan import announcement, slots_to_keep
+from megatron.moevement.recovery.plan import announcement, newest_run, slots_to_keep
 from megatron.moevement.schedule.age import SnapshotAge
 from megatron.moevement.schedule.agreement import Agreement
 from megatron.moevement.schedule.reordering import Reordering
@@ -97,6 +97,11 @@ class SlotCycle:
     def announcement(self) -> tuple[int, int]:
         """What this rank tells the others of its slots."""
         return announcement(frozenset(self.store.committed))
+
+    @property
+    def has_window(self) -> bool:
+        """Whether the committed slots hold a window."""
+        return newest_run(self.store.committed, self._tools.state.table.names) is not None
 
     def begin(self, step: int, record: IterationRecord | None, loadable_everywhere: int) -> None:
         """Starts copying the slot of `step`. A capture that fails is counted and reported, training goes on.

@@ -248,8 +248,9 @@ def note_phases(marks: Marks, program: Any) -> None:
     from megatron.moevement.integration.generations import Generations
 
     noted(distributed, "start", marks, "groups")
-    for name, kind in (("build_job", "built"), ("load_dense", "loaded"), ("save_dense", "saved")):
-        noted(program, name, marks, kind)
+    noted(program, "build_job", marks, "built")
+    noted(program.dense_start, "load_dense", marks, "loaded")
+    noted(program, "save_dense", marks, "saved")
     noted(BundleExchange, "deliver", marks, "delivery", lambda _exchange, _log, iteration, *_: {"iteration": iteration})
     noted(Generations, "leave", marks, "left")
     noted(Generations, "join", marks, "joined")

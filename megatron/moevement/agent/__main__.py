@@ -1,5 +1,6 @@
 """`python -m megatron.moevement.agent`: see docs/agent.md."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -9,6 +10,8 @@ from megatron.moevement.agent.options import parse
 def main(argv: Sequence[str]) -> int:
     """Runs the agent; its exit status."""
     options = parse(argv)
+    # torch says with the C++ stack of a warning that a peer is gone, which here is said in a line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # After the command line is found good: a mistake costs no import of torch.
     from megatron.moevement.agent.run import run
 

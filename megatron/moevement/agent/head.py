@@ -105,6 +105,7 @@ class Head:
         self.end: tuple[int, str] | None = None
         # Why the job is to stop after an iteration, and until when; whether a worker has done so before its end.
         self._stopping: tuple[str, float] | None = None
+        self._told_to_stop: set[int] = set()
         self._stopped_early = False
         self._failures = self._idle_generations = 0
         self._idle_deaths: dict[int, int] = {}
@@ -129,7 +130,7 @@ class Head:
         elif event["is"] == "gone":
             self._lose(agent, "its agent has ended")
         elif event["is"] == "told to stop":
-            self._stop_soon(event["why"])
+            self._stop_soon(agent, event["why"])
         else:
             member = self.members[event["rank"]]
             if (member.agent, member.incarnation) == (agent, event["incarnation"]):
@@ -171,12 +172,15 @@ class Head:
             self.stop(EXIT_AGAIN, f"{self._stopping[0]}; workers took too long (--stop-timeout-seconds)")
         if self.end is None:
             self._judge(now, marks)
-            self._say_who_is_awaited(now)
+            self._say_who_is_awaited(now, marks)
 
-    def _stop_soon(self, why: str) -> None:
-        """Has the workers stop after an iteration; at once if that can't be, or if it is asked for again."""
-        started = bool(self.members) and not self.gathering
-        if self._stopping is not None or not started or not self._limits.stop_seconds:
+    def _stop_soon(self, number: int, why: str) -> None:
+        """Has the workers stop after an iteration; at once if that can't be, or if an agent is told so again."""
+        again, started = number in self._told_to_stop, bool(self.members) and not self.gathering
+        self._told_to_stop.add(number)
+        if self._stopping is not None and not again:
+            return  # whoever stops a job may well tell all its agents
+        if again or not started or not self._limits.stop_seconds:
             self.stop(EXIT_AGAIN, why)
             return
         self._stopping = (why, self._clock() + self._limits.stop_seconds)
@@ -197,7 +201,9 @@ class Head:
     def _enter(self, number: int, node: int | None, slots: int) -> None:
         taken = any(agent.node == node for agent in self.agents.values()) if node is not None else False
         if taken or (node is not None and node >= self._nodes):
-            why = f"--node-rank {node} is taken" if taken else f"--node-rank {node}: the job has {self._nodes} nodes"
+            why = f"--node-rank {node}: the job has {self._nodes} nodes; give 0 to {self._nodes - 1}, or --spare"
+            if taken:
+                why = f"--node-rank {node} is taken by another agent of this job; give another, or --spare"
             self._order(number, {"do": "end", "status": _EXIT_USAGE, "reason": why})
             return
         if node is not None and self.members:
@@ -303,9 +309,10 @@ class Head:
     def _give_up_if_hopeless(self) -> None:
         idle = max([self._idle_generations, *self._idle_deaths.values()])
         if self._failures > self._limits.failures:
-            self.stop(EXIT_AGAIN, f"more than {self._limits.failures} failures (--max-failures)")
+            self.stop(EXIT_AGAIN, f"more than --max-failures {self._limits.failures} failures")
         elif idle > self._limits.idle_failures:
-            self.stop(EXIT_AGAIN, f"{idle} failures without progress (--max-failures-without-progress)")
+            most = f"--max-failures-without-progress {self._limits.idle_failures}"
+            self.stop(EXIT_AGAIN, f"{idle} failures without progress, more than {most}")
 
     def _marked(self, marks: list[Mark]) -> None:
         """Progress: a new iteration; where none are named, any mark of the open generation."""
@@ -355,14 +362,20 @@ class Head:
             elif member.state == "starting" and waited > limits.start_seconds:
                 self._kill(member.rank, f"was not ready within {limits.start_seconds:.0f} s")
 
-    def _say_who_is_awaited(self, now: float) -> None:
+    def _say_who_is_awaited(self, now: float, marks: Mapping[int, Mark]) -> None:
         if now - self._awaiting_since < _AWAITED_EVERY_SECONDS:
             return
         self._awaiting_since = now
         if self.gathering:
-            late = [member for member in self.members.values() if member.state in ("leaving", "starting")]
-            waits = [f"rank {member.rank} ({member.state} for {now - member.since:.0f} s)" for member in late]
-            self._say(f"generation {self.generation + 1} waits for {', '.join(waits)}")
+            waits = [
+                # One that has never made a mark has nothing to leave yet.
+                f"rank {member.rank} ({member.state if marks[member.rank].beats else 'starting'} "
+                f"for {now - member.since:.0f} s)"
+                for member in self.members.values()
+                if member.state in ("leaving", "starting") and member.rank in marks
+            ]
+            if waits:
+                self._say(f"generation {self.generation + 1} waits for {', '.join(waits)}")
         elif not self.members:
             there = sorted(agent.node for agent in self.agents.values() if agent.node is not None)
             missing = [str(node) for node in range(self._nodes) if node not in there]

@@ -96,7 +96,7 @@ class _Agent:
                     raise
                 return self._without_head(_first_line(error))
         status: int = self._node.end["status"]
-        if status == 2 and self._head is None:
+        if status and self._head is None:
             say(f"stopping: {self._node.end['reason']}")
         self._goodbye()
         return status

@@ -10,16 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron.moevement import injection
-from megatron.moevement.agent.channel import EXIT_AGAIN
+from megatron.moevement.agent.channel import EXIT_AGAIN, EXIT_REPLACE_ME
 from megatron.moevement.agent.link import WorkerLink
 from megatron.moevement.argument_checks import check_outputs
 from megatron.moevement.config import SparseCheckpointConfig
-from megatron.moevement.errors import ConfigError, JobEnded, JobStopped, StoreError
+from megatron.moevement.errors import ConfigError, JobEnded, JobStopped
 from megatron.moevement.events import EventLog
-from megatron.moevement.integration import distributed, state_digest, train_loop, training_log
+from megatron.moevement.integration import dense_start, distributed, state_digest, train_loop, training_log
 from megatron.moevement.integration.attach import SparseHooks, build_manager, copy_engine, ranks_on_node
 from megatron.moevement.integration.boundary import boundary_of
-from megatron.moevement.integration.dense_checkpoint import SaveResult, find_dense, load_dense, save_dense
+from megatron.moevement.integration.dense_checkpoint import SaveResult, save_dense
 from megatron.moevement.integration.job import TrainingJob, build_job
 from megatron.moevement.integration.localized import LocalizedTraining
 from megatron.moevement.integration.operator_state import OperatorState
@@ -34,6 +34,7 @@ from megatron.moevement.training_config import TrainingConfig
 from megatron.moevement.transcript.plan import describe_transcript
 
 EXIT_PEER_LOST = 1
+_LAST_LAP = "manager_seconds"
 # What gloo and NCCL say, in words, when another process is gone.
 _PEER_LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "Connection refused")
 
@@ -43,7 +44,7 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
 
     Raises:
         ConfigError, StoreError: something that the user can mend; the message says what.
-        SystemExit: status 1 after one line, if another rank is gone; the launcher restarts the job.
+        SystemExit: after one line, if another rank is gone: the launcher restarts the job, an agent this process.
     """
     link = WorkerLink.from_environment()
     if link is not None and not sparse.enabled:
@@ -70,7 +71,7 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
     except JobStopped as stopped:
         distributed.stop()
         if rank == 0:
-            print(f"the job stops: {stopped}; the same command goes on from there", file=sys.stderr, flush=True)
+            print(f"the job stops: {stopped}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_AGAIN) from None
     except JobEnded as error:
         if rank == 0:
@@ -78,12 +79,12 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
             print(f"the job ends: {error}; {kept}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_AGAIN) from None
     except RuntimeError as error:
-        # Whoever has trained nothing yet has nothing to keep: the agent replaces it.
         lost = link is not None and link.failed
         if not lost and not any(text in str(error) for text in _PEER_LOST):
             raise
         print(f"rank {rank}: another rank is gone ({_first_line(error)})", file=sys.stderr, flush=True)
-        raise SystemExit(EXIT_PEER_LOST) from None
+        # Whoever could not begin yet has nothing to keep: the agent replaces it.
+        raise SystemExit(EXIT_REPLACE_ME if lost and not startup.over else EXIT_PEER_LOST) from None
     finally:
         if link is not None:
             link.close()
@@ -100,6 +101,11 @@ class _Startup:
         """Ends a lap."""
         now = time.perf_counter()
         self.laps[name], self._last = now - self._last, now
+
+    @property
+    def over(self) -> bool:
+        """Whether this process has begun to train or to recover."""
+        return _LAST_LAP in self.laps
 
 
 def _allow_descriptors() -> None:
@@ -168,11 +174,11 @@ class DenseSaver:
 def _train(job: TrainingJob) -> list[train_loop.IterationOutcome]:
     """Training without sparse checkpoints."""
     log = training_log.TrainingLog(job.config, job.topology.rank, train_loop.NoHooks())
-    found = _newest_dense(job, also_save=False)
+    found = dense_start.newest_dense(job, also_save=False)
     if found is not None:
-        _load(job, *found)
+        dense_start.load_newest(job, *found)
     elif restart_count() == 0:
-        _refuse_foreign_checkpoint(job)
+        dense_start.refuse_foreign_checkpoint(job)
     events = EventLog(None, job.topology.rank)
     if job.topology.rank == 0:
         events.listen(ProgressDisplay(ProgressSettings(job.config.train_iters, 1, 1, "plain")))
@@ -213,7 +219,7 @@ def _train_with_manager(
         raise ConfigError(f"--sparse-ckpt-dense-interval {sparse.dense_interval} needs --save: name a directory")
     engine = copy_engine(job.topology.device, sparse)
     manager, state = build_manager(job, sparse, events, engine)
-    startup.lap("manager_seconds")
+    startup.lap(_LAST_LAP)
     events.emit("startup", **startup.laps)
     if sparse.dry_run:
         _print_plan(job, sparse, manager, state)
@@ -224,17 +230,18 @@ def _train_with_manager(
     def begin() -> None:
         saver.forget()
         restarted = restart_count() > 0 or (link is not None and link.generation > 0)
-        found = _newest_dense(job, also_save=restarted)
+        found = dense_start.newest_dense(job, also_save=restarted)
+        if sparse.fresh and not restarted:
+            _before_slots_are_discarded(job, sparse, found)
         start = manager.start(None if found is None else found[1])
         if start.source == "dense" and found is not None:
-            _load(job, *found)
+            dense_start.load_newest(job, *found)
         if start.source == "scratch" and not restarted:
-            _refuse_foreign_checkpoint(job)
+            dense_start.refuse_foreign_checkpoint(job)
         if start.source == "slots" and sparse.dense_after_recovery:
             saver.save()
 
     hooks = SparseHooks(job, manager, saver)
-    # Why training ended before its end, if it did.
     stopped: str | None = None
     if link is None:
         begin()
@@ -252,11 +259,11 @@ def _train_with_manager(
             saver.save()
 
         def newest_dense() -> int | None:
-            found = _newest_dense(job, also_save=True)
+            found = dense_start.newest_dense(job, also_save=True)
             return None if found is None else found[1]
 
         localized.run(begin, train, newest_dense)
-        durable = saver.save()
+        durable = saved = saver.save()
         stopped = link.stopping if localized.stopped else None
         if stopped is not None and job.config.load != job.config.save:
             # The next start looks for it in --load alone.
@@ -266,11 +273,39 @@ def _train_with_manager(
         print(_no_slot_was_taken(sparse), file=sys.stderr, flush=True)
     kept = manager.finish(durable)
     if stopped is not None:
-        where = f"slots are kept in {sparse.job_directory}" if kept else f"a dense checkpoint is in {job.config.save}"
-        raise JobStopped(f"{stopped} after iteration {job.step}, {where}")
+        goes_on = _what_is_kept(job, sparse, kept and manager.has_window, saved)
+        raise JobStopped(f"{stopped} after iteration {job.step}, {goes_on}")
     if kept and job.topology.rank == 0:
         print(f"slots kept in {sparse.job_directory} (remove them with the directory)", flush=True)
     return job.history
+
+
+def _what_is_kept(job: TrainingJob, sparse: SparseCheckpointConfig, window: bool, saved: bool) -> str:
+    """From what a stopped job goes on, for people.
+
+    Args:
+        window: whether slots are kept, and hold a window.
+        saved: whether `--save` has a dense checkpoint of the last step.
+    """
+    save = job.config.save
+    if window:
+        fresh = " without --sparse-ckpt-fresh" if sparse.fresh else ""
+        return f"slots are kept in {sparse.job_directory}; the same command{fresh} goes on from there"
+    if not saved:
+        return "before the first window was complete; the same command starts from the beginning"
+    if job.config.load == save:
+        return f"a dense checkpoint is in {save}; the same command goes on from there"
+    return f"a dense checkpoint is in {save}; add --load {save} to go on from there"
+
+
+def _before_slots_are_discarded(
+    job: TrainingJob, sparse: SparseCheckpointConfig, found: tuple[str, int] | None
+) -> None:
+    """`--sparse-ckpt-fresh`: what would refuse the start does so while the slots are there. Collective."""
+    if found is None:
+        dense_start.refuse_foreign_checkpoint(job)
+    if job.topology.rank == 0 and any(sparse.job_directory.glob("*.slots")):
+        print(f"--sparse-ckpt-fresh: the slots in {sparse.job_directory} are discarded", flush=True)
 
 
 def _no_slot_was_taken(sparse: SparseCheckpointConfig) -> str:
@@ -278,65 +313,6 @@ def _no_slot_was_taken(sparse: SparseCheckpointConfig) -> str:
         f"no slot was taken: the run ended before --sparse-ckpt-window auto had measured (it takes "
         f"{sparse.measure_iterations + PROBED_ITERATIONS} iterations); force --sparse-ckpt-window for short runs"
     )
-
-
-def _newest_dense(job: TrainingJob, also_save: bool) -> tuple[str, int] | None:
-    """Directory and step of the newest dense checkpoint in `--load`, and in `--save` after a restart. Collective.
-
-    In a first start only `--load` counts, as in Megatron: `--save` may hold the checkpoints of another run.
-    """
-    candidates = []
-    # In one order on all ranks: each answer is rank 0's.
-    for directory in dict.fromkeys((job.config.load, job.config.save if also_save else None)):
-        if directory is None:
-            continue
-        step = find_dense(directory).step
-        if step is not None:
-            candidates.append((step, str(directory)))
-        elif directory == job.config.load and job.topology.rank == 0:
-            print(f"warning: --load {directory}: no dense checkpoint there", file=sys.stderr, flush=True)
-    if not candidates:
-        return None
-    step, directory = max(candidates)
-    return directory, step
-
-
-def _refuse_foreign_checkpoint(job: TrainingJob) -> None:
-    """A run that starts from scratch must not find checkpoints of another run in `--save`. Collective.
-
-    After a failure it would take the newest one there for its own.
-
-    Raises:
-        ConfigError: on every rank.
-    """
-    save = job.config.save
-    step = None if save is None else find_dense(save).step
-    if step is not None:
-        raise ConfigError(
-            f"--save {save} holds a checkpoint of step {step}: add --load {save} to go on from it, or choose another "
-            "directory"
-        )
-
-
-def _load(job: TrainingJob, directory: str, step: int) -> None:
-    """Loads the checkpoint of `step`, or the newest older one that isn't damaged.
-
-    Raises:
-        StoreError: all of them are damaged.
-    """
-    wanted: int | None = step
-    while wanted is not None:
-        try:
-            load_dense(job, directory, wanted)
-        except StoreError as error:
-            if job.topology.rank == 0:
-                print(f"warning: {error}; trying an older one", file=sys.stderr, flush=True)
-            wanted = find_dense(directory, before=wanted).step
-            continue
-        if job.topology.rank == 0:
-            print(f"dense checkpoint of step {wanted} loaded from {directory}", flush=True)
-        return
-    raise StoreError(f"--load {directory}: every dense checkpoint is damaged; choose another directory")
 
 
 def _listen(job: TrainingJob, sparse: SparseCheckpointConfig, events: EventLog) -> Callable[[], None]:

@@ -78,12 +78,13 @@ class RecoveryNarration:
         if kind == "recovery_finished":
             self._run = None
             self.last = f"step {event['step']}, {event['replays']} replays, {event['seconds']:.1f} s"
-            verdict = "all bitwise equal" if not event["different"] else f"{event['different']} DIFFERENT"
+            verdict = "nothing recorded to compare with"
+            if event["compared"]:
+                equal = f"{event['different']} DIFFERENT" if event["different"] else "all bitwise equal"
+                verdict = f"{event['compared']} recorded values compared, {equal}"
             return [
-                (
-                    f"recovery: dense state of step {event['step']} after {event['replays']} replays in "
-                    f"{event['seconds']:.2f} s; {event['compared']} recorded values compared, {verdict}"
-                )
+                f"recovery: dense state of step {event['step']} after {event['replays']} replays in "
+                f"{event['seconds']:.2f} s; {verdict}"
             ]
         # Without a run it is a replay behind the conversion, which is narrated by its phase.
         return [] if self._run is None else [_slot_line(event, *self._run)]

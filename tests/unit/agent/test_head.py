@@ -1,63 +1,12 @@
 import dataclasses
 from dataclasses import asdict
-from typing import Any
 
 import pytest
 
 from megatron.moevement.agent.channel import EXIT_REPLACE_ME
 from megatron.moevement.agent.head import Head, Limits
-from megatron.moevement.agent.marks import NO_ITERATION, Mark
-
-FRESH = Mark(3, 0.0, 0, 1, False, "forward", False)
-
-
-class Cluster:
-    """A head under a clock of the test, and what it has ordered."""
-
-    def __init__(self, nodes: int = 1, slots: int = 2, limits: Limits | None = None) -> None:
-        self.now, self.orders, self.said = 0.0, list[tuple[int, dict[str, Any]]](), list[str]()
-        limits = limits or Limits(failures=10, idle_failures=3)
-        order = lambda agent, message: self.orders.append((agent, message))  # noqa: E731
-        self.head = Head(nodes, limits, order, self.said.append, lambda: self.now)
-        self.life, self.iteration = 0, 1
-        for node in range(nodes):
-            self.enter(node, node, slots)
-
-    def enter(self, agent: int, node: int | None, slots: int = 2) -> None:
-        self.head.handle({"is": "enter", "agent": agent, "node": node, "slots": slots})
-
-    def about(self, rank: int, what: str, mark: Mark | None = None, **more: Any) -> None:
-        member = self.head.members[rank]
-        mark = mark or dataclasses.replace(FRESH, generation=self.head.generation, iteration=self.iteration)
-        event = {"is": what, "agent": member.agent, "rank": rank, "incarnation": member.incarnation}
-        self.head.handle({**event, "mark": asdict(mark), **more})
-
-    def die(self, rank: int) -> None:
-        self.about(rank, "ended", status=-9, why="SIGKILL")
-
-    def ready(self, *ranks: int) -> None:
-        for rank in ranks:
-            self.about(rank, "ready")
-
-    def tick(self, alive: list[int] | None = None, marks: dict[int, Mark] | None = None) -> None:
-        self.life += 1
-        lives: dict[int, tuple[int, list[dict[str, Any]]]] = {}
-        for agent in self.head.agents if alive is None else alive:
-            members = [member for member in self.head.members.values() if member.agent == agent]
-            reports = [
-                {"rank": m.rank, "incarnation": m.incarnation, "mark": asdict((marks or {}).get(m.rank, FRESH))}
-                for m in members
-            ]
-            lives[agent] = (self.life, reports)
-        self.head.tick(lives)
-
-    def taken(self) -> list[tuple[int, dict[str, Any]]]:
-        orders, self.orders = self.orders, []
-        return orders
-
-
-def does(orders: list[tuple[int, dict[str, Any]]]) -> list[tuple[int, str, Any]]:
-    return [(agent, order["do"], order.get("rank", order.get("generation"))) for agent, order in orders]
+from megatron.moevement.agent.marks import NO_ITERATION
+from tests.support.cluster import FRESH, Cluster, does
 
 
 def test_workers_start_when_every_node_is_there() -> None:
@@ -82,6 +31,15 @@ def test_a_death_fails_the_generation_and_is_replaced() -> None:
     cluster.ready(0)
     assert does(cluster.taken()) == [(0, "open", 1)]
     assert cluster.head.generation == 1
+
+
+def test_all_agents_may_be_told_to_stop_and_one_of_them_again() -> None:
+    cluster = Cluster(nodes=2, slots=1)
+    for agent in (1, 0):
+        cluster.head.handle({"is": "told to stop", "agent": agent, "why": f"agent {agent} was told to"})
+        assert cluster.head.end is None
+    cluster.head.handle({"is": "told to stop", "agent": 0, "why": "agent 0 was told to"})
+    assert cluster.head.end == (75, "agent 0 was told to")
 
 
 def test_who_is_waited_for_is_said() -> None:
@@ -132,7 +90,7 @@ def test_a_survivor_that_has_nothing_to_go_on_from_is_no_failure() -> None:
     # Once: nothing else has failed since.
     cluster.ready(0, 1)
     cluster.about(0, "ended", status=EXIT_REPLACE_ME, why="exit status 76")
-    assert cluster.said[-2:] == ["rank 0: exit status 76", "stopping: more than 1 failures (--max-failures)"]
+    assert cluster.said[-2:] == ["rank 0: exit status 76", "stopping: more than --max-failures 1 failures"]
 
 
 def test_asking_to_be_replaced_again_and_again_ends_the_job() -> None:
@@ -144,7 +102,7 @@ def test_asking_to_be_replaced_again_and_again_ends_the_job() -> None:
         cluster.about(0, "ended", now, status=EXIT_REPLACE_ME, why="exit status 76")
         for rank in range(2):
             cluster.about(rank, "ready", now)
-    assert cluster.head.end is not None and "more than 10 failures" in cluster.head.end[1]
+    assert cluster.head.end is not None and "more than --max-failures 10" in cluster.head.end[1]
 
 
 def test_a_failure_before_the_first_window_is_one_failure_without_progress() -> None:
@@ -220,7 +178,7 @@ def test_failures_are_counted() -> None:
         cluster.ready(0, 1)
         assert cluster.head.end is None
     cluster.die(1)
-    assert cluster.head.end == (75, "more than 3 failures (--max-failures)")
+    assert cluster.head.end == (75, "more than --max-failures 3 failures")
 
 
 @pytest.mark.parametrize("progress", [True, False])

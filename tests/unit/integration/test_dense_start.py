@@ -1,0 +1,70 @@
+"""Which dense checkpoint a job starts from: of --load, of --save after a restart, and an older one if it is damaged."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron.moevement.errors import ConfigError, StoreError
+from megatron.moevement.integration import dense_start
+
+
+def job(load: str | None, save: str | None, rank: int = 0) -> Any:
+    """A job with these flags."""
+    return SimpleNamespace(config=SimpleNamespace(load=load, save=save), topology=SimpleNamespace(rank=rank))
+
+
+@pytest.fixture(autouse=True)
+def steps(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """Steps of the checkpoints that a directory holds."""
+    there: dict[str, list[int]] = {}
+
+    def find(directory: Path | str, before: int | None = None) -> Any:
+        found = [step for step in there.get(str(directory), []) if before is None or step < before]
+        return SimpleNamespace(step=max(found, default=None))
+
+    monkeypatch.setattr(dense_start, "find_dense", find)
+    return there
+
+
+def test_save_counts_after_a_restart_alone(steps: dict[str, list[int]]) -> None:
+    steps.update(a=[4], b=[2, 8])
+    assert dense_start.newest_dense(job("a", "b"), also_save=False) == ("a", 4)
+    assert dense_start.newest_dense(job("a", "b"), also_save=True) == ("b", 8)
+    assert dense_start.newest_dense(job(None, "b"), also_save=False) is None
+
+
+def test_a_load_without_a_checkpoint_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dense_start.newest_dense(job("a", None), also_save=False) is None
+    assert "warning: --load a: no dense checkpoint there" in capsys.readouterr().err
+    assert dense_start.newest_dense(job("a", None, rank=1), also_save=False) is None
+    assert not capsys.readouterr().err
+
+
+def test_another_runs_checkpoint_in_save_is_refused(steps: dict[str, list[int]]) -> None:
+    dense_start.refuse_foreign_checkpoint(job(None, "b"))
+    dense_start.refuse_foreign_checkpoint(job(None, None))
+    steps["b"] = [8]
+    with pytest.raises(ConfigError, match="--save b holds a checkpoint of step 8: add --load b"):
+        dense_start.refuse_foreign_checkpoint(job(None, "b"))
+
+
+def test_a_damaged_checkpoint_gives_way_to_an_older_one(
+    steps: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps["a"] = [2, 4, 8]
+    damaged, loaded = {8}, list[int]()
+
+    def load(_job: Any, directory: str, step: int) -> None:
+        if step in damaged:
+            raise StoreError(f"{directory}: step {step} is damaged")
+        loaded.append(step)
+
+    monkeypatch.setattr(dense_start, "load_dense", load)
+    dense_start.load_newest(job("a", None), "a", 8)
+    assert loaded == [4] and "step 8 is damaged; trying an older one" in capsys.readouterr().err
+    damaged.update(steps["a"])
+    with pytest.raises(StoreError, match="every dense checkpoint is damaged; choose another directory"):
+        dense_start.load_newest(job("a", None), "a", 8)
+    assert loaded == [4]
