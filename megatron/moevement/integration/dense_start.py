@@ -1,9 +1,11 @@
-"""Which dense checkpoint a job starts from, and which it must not find."""
+"""From which dense checkpoint a job starts, which it must not find, and from what a stopped job goes on."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
+from megatron.moevement.config import SparseCheckpointConfig
 from megatron.moevement.errors import ConfigError, StoreError
 from megatron.moevement.integration.dense_checkpoint import find_dense, load_dense
 from megatron.moevement.integration.job import TrainingJob
@@ -30,15 +32,18 @@ def newest_dense(job: TrainingJob, also_save: bool) -> tuple[str, int] | None:
     return directory, step
 
 
-def refuse_foreign_checkpoint(job: TrainingJob) -> None:
-    """A run that starts from scratch must not find checkpoints of another run in `--save`. Collective.
+def check_scratch(job: TrainingJob) -> None:
+    """Nothing was to be loaded where a run starts from scratch, and `--save` has no other run's checkpoints. Collective.
 
-    After a failure it would take the newest one there for its own.
+    After a failure it would take the newest one there for its own. With `--load` and `--save` alike, as a job has them
+    that is started again and again, there is nothing to load at first.
 
     Raises:
         ConfigError: on every rank.
     """
-    save = job.config.save
+    load, save = job.config.load, job.config.save
+    if load is not None and (save is None or Path(load).resolve() != Path(save).resolve()):
+        raise ConfigError(f"--load {load}: no dense checkpoint is there; correct the folder, or start without --load")
     step = None if save is None else find_dense(save).step
     if step is not None:
         raise ConfigError(
@@ -66,3 +71,29 @@ def load_newest(job: TrainingJob, directory: str, step: int) -> None:
             print(f"dense checkpoint of step {wanted} loaded from {directory}", flush=True)
         return
     raise StoreError(f"--load {directory}: every dense checkpoint is damaged; choose another directory")
+
+
+def what_is_kept(job: TrainingJob, sparse: SparseCheckpointConfig, window: bool, saved: bool) -> str:
+    """From what a stopped job goes on, for people.
+
+    Args:
+        window: whether slots are kept, and hold a window.
+        saved: whether `--save` has a dense checkpoint of the last step.
+    """
+    save = job.config.save
+    if window:
+        fresh = " without --sparse-ckpt-fresh" if sparse.fresh else ""
+        return f"slots are kept in {sparse.job_directory}; the same command{fresh} goes on from there"
+    if not saved:
+        return "before the first window was complete; the same command starts from the beginning"
+    if job.config.load == save:
+        return f"a dense checkpoint is in {save}; the same command goes on from there"
+    return f"a dense checkpoint is in {save}; add --load {save} to go on from there"
+
+
+def before_slots_are_discarded(job: TrainingJob, sparse: SparseCheckpointConfig, found: tuple[str, int] | None) -> None:
+    """`--sparse-ckpt-fresh`: what would refuse the start does so while the slots are there. Collective."""
+    if found is None:
+        check_scratch(job)
+    if job.topology.rank == 0 and any(sparse.job_directory.glob("*.slots")):
+        print(f"--sparse-ckpt-fresh: the slots in {sparse.job_directory} are discarded", flush=True)

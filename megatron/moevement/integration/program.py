@@ -178,7 +178,7 @@ def _train(job: TrainingJob) -> list[train_loop.IterationOutcome]:
     if found is not None:
         dense_start.load_newest(job, *found)
     elif restart_count() == 0:
-        dense_start.refuse_foreign_checkpoint(job)
+        dense_start.check_scratch(job)
     events = EventLog(None, job.topology.rank)
     if job.topology.rank == 0:
         events.listen(ProgressDisplay(ProgressSettings(job.config.train_iters, 1, 1, "plain")))
@@ -232,12 +232,12 @@ def _train_with_manager(
         restarted = restart_count() > 0 or (link is not None and link.generation > 0)
         found = dense_start.newest_dense(job, also_save=restarted)
         if sparse.fresh and not restarted:
-            _before_slots_are_discarded(job, sparse, found)
+            dense_start.before_slots_are_discarded(job, sparse, found)
         start = manager.start(None if found is None else found[1])
         if start.source == "dense" and found is not None:
             dense_start.load_newest(job, *found)
         if start.source == "scratch" and not restarted:
-            dense_start.refuse_foreign_checkpoint(job)
+            dense_start.check_scratch(job)
         if start.source == "slots" and sparse.dense_after_recovery:
             saver.save()
 
@@ -273,39 +273,11 @@ def _train_with_manager(
         print(_no_slot_was_taken(sparse), file=sys.stderr, flush=True)
     kept = manager.finish(durable)
     if stopped is not None:
-        goes_on = _what_is_kept(job, sparse, kept and manager.has_window, saved)
+        goes_on = dense_start.what_is_kept(job, sparse, kept and manager.has_window, saved)
         raise JobStopped(f"{stopped} after iteration {job.step}, {goes_on}")
     if kept and job.topology.rank == 0:
         print(f"slots kept in {sparse.job_directory} (remove them with the directory)", flush=True)
     return job.history
-
-
-def _what_is_kept(job: TrainingJob, sparse: SparseCheckpointConfig, window: bool, saved: bool) -> str:
-    """From what a stopped job goes on, for people.
-
-    Args:
-        window: whether slots are kept, and hold a window.
-        saved: whether `--save` has a dense checkpoint of the last step.
-    """
-    save = job.config.save
-    if window:
-        fresh = " without --sparse-ckpt-fresh" if sparse.fresh else ""
-        return f"slots are kept in {sparse.job_directory}; the same command{fresh} goes on from there"
-    if not saved:
-        return "before the first window was complete; the same command starts from the beginning"
-    if job.config.load == save:
-        return f"a dense checkpoint is in {save}; the same command goes on from there"
-    return f"a dense checkpoint is in {save}; add --load {save} to go on from there"
-
-
-def _before_slots_are_discarded(
-    job: TrainingJob, sparse: SparseCheckpointConfig, found: tuple[str, int] | None
-) -> None:
-    """`--sparse-ckpt-fresh`: what would refuse the start does so while the slots are there. Collective."""
-    if found is None:
-        dense_start.refuse_foreign_checkpoint(job)
-    if job.topology.rank == 0 and any(sparse.job_directory.glob("*.slots")):
-        print(f"--sparse-ckpt-fresh: the slots in {sparse.job_directory} are discarded", flush=True)
 
 
 def _no_slot_was_taken(sparse: SparseCheckpointConfig) -> str:

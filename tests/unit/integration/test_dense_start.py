@@ -1,4 +1,7 @@
-"""Which dense checkpoint a job starts from: of --load, of --save after a restart, and an older one if it is damaged."""
+"""Which dense checkpoint a job starts from: of --load, of --save after a restart, and an older one if it is damaged.
+
+And what is said of slots and checkpoints when a job stops, or discards slots.
+"""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron.moevement.config import SparseCheckpointConfig
 from megatron.moevement.errors import ConfigError, StoreError
 from megatron.moevement.integration import dense_start
 
@@ -42,12 +46,16 @@ def test_a_load_without_a_checkpoint_is_said(capsys: pytest.CaptureFixture[str])
     assert not capsys.readouterr().err
 
 
-def test_another_runs_checkpoint_in_save_is_refused(steps: dict[str, list[int]]) -> None:
-    dense_start.refuse_foreign_checkpoint(job(None, "b"))
-    dense_start.refuse_foreign_checkpoint(job(None, None))
+def test_a_start_from_scratch_that_nobody_can_mean_is_refused(steps: dict[str, list[int]]) -> None:
+    dense_start.check_scratch(job(None, "b"))
+    dense_start.check_scratch(job(None, None))
+    dense_start.check_scratch(job("./b", "b"))
+    for save in (None, "b"):
+        with pytest.raises(ConfigError, match="--load a: no dense checkpoint is there; correct the folder"):
+            dense_start.check_scratch(job("a", save))
     steps["b"] = [8]
     with pytest.raises(ConfigError, match="--save b holds a checkpoint of step 8: add --load b"):
-        dense_start.refuse_foreign_checkpoint(job(None, "b"))
+        dense_start.check_scratch(job(None, "b"))
 
 
 def test_a_damaged_checkpoint_gives_way_to_an_older_one(
@@ -68,3 +76,36 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one(
     with pytest.raises(StoreError, match="every dense checkpoint is damaged; choose another directory"):
         dense_start.load_newest(job("a", None), "a", 8)
     assert loaded == [4]
+
+
+@pytest.mark.parametrize(
+    ("load", "save", "fresh", "window", "saved", "said"),
+    [
+        (None, None, False, True, False, "slots are kept in d/n; the same command goes on from there"),
+        (None, "b", True, True, True, "slots are kept in d/n; the same command without --sparse-ckpt-fresh goes on"),
+        (None, None, False, False, False, "before the first window was complete; the same command starts from the"),
+        ("b", "b", False, False, True, "a dense checkpoint is in b; the same command goes on from there"),
+        ("a", "b", False, False, True, "a dense checkpoint is in b; add --load b to go on from there"),
+    ],
+)
+def test_from_what_a_stopped_job_goes_on(
+    load: str | None, save: str | None, fresh: bool, window: bool, saved: bool, said: str
+) -> None:
+    config = SparseCheckpointConfig(enabled=True, directory=Path("d"), name="n", fresh=fresh)
+    assert dense_start.what_is_kept(job(load, save), config, window, saved).startswith(said)
+
+
+def test_a_start_is_refused_before_slots_are_discarded(
+    steps: dict[str, list[int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = SparseCheckpointConfig(enabled=True, directory=tmp_path, fresh=True)
+    config.job_directory.mkdir()
+    dense_start.before_slots_are_discarded(job(None, "b"), config, None)
+    assert not capsys.readouterr().out
+    (config.job_directory / "rank00000.slots").write_bytes(b"")
+    dense_start.before_slots_are_discarded(job(None, "b"), config, None)
+    assert f"the slots in {config.job_directory} are discarded" in capsys.readouterr().out
+    steps["b"] = [8]
+    with pytest.raises(ConfigError, match="holds a checkpoint of step 8"):
+        dense_start.before_slots_are_discarded(job(None, "b"), config, None)
+    dense_start.before_slots_are_discarded(job("b", "b"), config, ("b", 8))
