@@ -33,7 +33,7 @@ def newest_dense(job: TrainingJob, also_save: bool) -> tuple[str, int] | None:
 
 
 def check_scratch(job: TrainingJob) -> None:
-    """Nothing was to be loaded where a run starts from scratch, and `--save` has no other run's checkpoints. Collective.
+    """What starts from scratch was to load nothing, and finds no other run's checkpoints in `--save`. Collective.
 
     After a failure it would take the newest one there for its own. With `--load` and `--save` alike, as a job has them
     that is started again and again, there is nothing to load at first.
