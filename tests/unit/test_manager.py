@@ -324,6 +324,15 @@ def test_no_rank_takes_slots_before_the_memory_of_all_is_pinned(tmp_path: Path) 
     assert isinstance(first, set) and first == second and min(first) >= 3
 
 
+def test_a_window_is_there_when_all_its_slots_are(tmp_path: Path) -> None:
+    for until, whole in ((2, False), (3, True)):
+        worker = Worker(tmp_path / str(until), window=3, reorder=False)
+        worker.manager.start(None)
+        worker.train(until)
+        worker.manager.finish(durable=False)
+        assert worker.manager.has_window is whole
+
+
 def test_slow_digests_make_training_wait_and_cost_no_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(pool: DigestPool, base: int, regions: Sequence[DigestedRegion]) -> dict[str, str]:
         time.sleep(0.02)

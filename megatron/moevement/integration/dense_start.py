@@ -42,7 +42,7 @@ def check_scratch(job: TrainingJob) -> None:
         ConfigError: on every rank.
     """
     load, save = job.config.load, job.config.save
-    if load is not None and (save is None or Path(load).resolve() != Path(save).resolve()):
+    if load is not None and not loads_what_it_saves(job):
         raise ConfigError(f"--load {load}: no dense checkpoint is there; correct the folder, or start without --load")
     step = None if save is None else find_dense(save).step
     if step is not None:
@@ -50,6 +50,12 @@ def check_scratch(job: TrainingJob) -> None:
             f"--save {save} holds a checkpoint of step {step}: add --load {save} to go on from it, or choose another "
             "directory"
         )
+
+
+def loads_what_it_saves(job: TrainingJob) -> bool:
+    """Whether `--load` and `--save` are one folder."""
+    load, save = job.config.load, job.config.save
+    return load is not None and save is not None and Path(load).resolve() == Path(save).resolve()
 
 
 def load_newest(job: TrainingJob, directory: str, step: int) -> None:
@@ -85,15 +91,7 @@ def what_is_kept(job: TrainingJob, sparse: SparseCheckpointConfig, window: bool,
         fresh = " without --sparse-ckpt-fresh" if sparse.fresh else ""
         return f"slots are kept in {sparse.job_directory}; the same command{fresh} goes on from there"
     if not saved:
-        return "before the first window was complete; the same command starts from the beginning"
-    if job.config.load == save:
+        return "before the first window was complete; the same command starts where this one did"
+    if loads_what_it_saves(job):
         return f"a dense checkpoint is in {save}; the same command goes on from there"
     return f"a dense checkpoint is in {save}; add --load {save} to go on from there"
-
-
-def before_slots_are_discarded(job: TrainingJob, sparse: SparseCheckpointConfig, found: tuple[str, int] | None) -> None:
-    """`--sparse-ckpt-fresh`: what would refuse the start does so while the slots are there. Collective."""
-    if found is None:
-        check_scratch(job)
-    if job.topology.rank == 0 and any(sparse.job_directory.glob("*.slots")):
-        print(f"--sparse-ckpt-fresh: the slots in {sparse.job_directory} are discarded", flush=True)

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch.distributed as dist
+
 from megatron.moevement import injection
 from megatron.moevement.agent.channel import EXIT_AGAIN, EXIT_REPLACE_ME
 from megatron.moevement.agent.link import WorkerLink
@@ -35,6 +37,7 @@ from megatron.moevement.transcript.plan import describe_transcript
 
 EXIT_PEER_LOST = 1
 _LAST_LAP = "manager_seconds"
+_NEWS_SECONDS = 10.0
 # What gloo and NCCL say, in words, when another process is gone.
 _PEER_LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "Connection refused")
 
@@ -75,12 +78,16 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
         raise SystemExit(EXIT_AGAIN) from None
     except JobEnded as error:
         if rank == 0:
-            kept = f"slots are kept in {sparse.job_directory}, the same command goes on from them"
-            print(f"the job ends: {error}; {kept}", file=sys.stderr, flush=True)
+            fresh = " without --sparse-ckpt-fresh" if sparse.fresh else ""
+            kept = f"slots are kept in {sparse.job_directory}, the same command{fresh} goes on from them"
+            print(f"the job ends: {error}; {kept} if they hold a window", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_AGAIN) from None
     except RuntimeError as error:
-        lost = link is not None and link.failed
-        if not lost and not any(text in str(error) for text in _PEER_LOST):
+        broken = isinstance(error, dist.DistNetworkError) or any(text in str(error) for text in _PEER_LOST)
+        # A replacement is told of the failure that it came for until it has joined.
+        own = link is not None and link.replacement and not startup.over and not broken
+        lost = link is not None and not own and _failed_elsewhere(link, broken and not startup.over)
+        if not lost and not broken:
             raise
         print(f"rank {rank}: another rank is gone ({_first_line(error)})", file=sys.stderr, flush=True)
         # Whoever could not begin yet has nothing to keep: the agent replaces it.
@@ -88,6 +95,14 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
     finally:
         if link is not None:
             link.close()
+
+
+def _failed_elsewhere(link: WorkerLink, soon: bool) -> bool:
+    """Whether the agent says that another rank has failed; `soon`: a connection has broken, and it may say so yet."""
+    deadline = time.monotonic() + (_NEWS_SECONDS if soon else 0.0)
+    while not link.failed and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return link.failed
 
 
 class _Startup:
@@ -229,16 +244,8 @@ def _train_with_manager(
 
     def begin() -> None:
         saver.forget()
-        restarted = restart_count() > 0 or (link is not None and link.generation > 0)
-        found = dense_start.newest_dense(job, also_save=restarted)
-        if sparse.fresh and not restarted:
-            dense_start.before_slots_are_discarded(job, sparse, found)
-        start = manager.start(None if found is None else found[1])
-        if start.source == "dense" and found is not None:
-            dense_start.load_newest(job, *found)
-        if start.source == "scratch" and not restarted:
-            dense_start.check_scratch(job)
-        if start.source == "slots" and sparse.dense_after_recovery:
+        source = _begin(job, sparse, manager, restart_count() > 0 or (link is not None and link.generation > 0))
+        if source == "slots" and sparse.dense_after_recovery:
             saver.save()
 
     hooks = SparseHooks(job, manager, saver)
@@ -265,7 +272,7 @@ def _train_with_manager(
         localized.run(begin, train, newest_dense)
         durable = saved = saver.save()
         stopped = link.stopping if localized.stopped else None
-        if stopped is not None and job.config.load != job.config.save:
+        if stopped is not None and not dense_start.loads_what_it_saves(job):
             # The next start looks for it in --load alone.
             durable = False
         transcription.close(keep=sparse.keep or not durable)
@@ -278,6 +285,29 @@ def _train_with_manager(
     if kept and job.topology.rank == 0:
         print(f"slots kept in {sparse.job_directory} (remove them with the directory)", flush=True)
     return job.history
+
+
+def _begin(job: TrainingJob, sparse: SparseCheckpointConfig, manager: SparseCheckpointManager, restarted: bool) -> str:
+    """Loads what there is; `slots`, `dense` or `scratch`."""
+    found, discarded = dense_start.newest_dense(job, also_save=restarted), False
+    if sparse.fresh and not restarted:
+        # What refuses the start does so while the slots are there.
+        if found is None:
+            dense_start.check_scratch(job)
+        discarded = any(sparse.job_directory.glob("*.slots"))
+    start = manager.start(None if found is None else found[1])
+    if discarded and job.topology.rank == 0:
+        print(f"--sparse-ckpt-fresh: the slots that were in {sparse.job_directory} are discarded", flush=True)
+    if start.source == "dense" and found is not None:
+        dense_start.load_newest(job, *found)
+    if start.source == "scratch" and not restarted:
+        try:
+            dense_start.check_scratch(job)
+        except ConfigError:
+            # A refused start leaves nothing behind.
+            manager.finish(durable=True)
+            raise
+    return start.source
 
 
 def _no_slot_was_taken(sparse: SparseCheckpointConfig) -> str:

@@ -154,6 +154,8 @@ class Calibration:
         """
         self._forget_probe()
         self._time, self._beside, self.found = CopyTime(self._engine), [], None
+        # Those that were done would begin slots before those that are not.
+        self.done = len(self._chunks) == 1
 
     def _forget_probe(self) -> None:
         if self._probe is not None:

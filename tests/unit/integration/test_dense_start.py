@@ -1,6 +1,6 @@
 """Which dense checkpoint a job starts from: of --load, of --save after a restart, and an older one if it is damaged.
 
-And what is said of slots and checkpoints when a job stops, or discards slots.
+And what is said of slots and checkpoints when a job stops.
 """
 
 from pathlib import Path
@@ -83,8 +83,8 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one(
     [
         (None, None, False, True, False, "slots are kept in d/n; the same command goes on from there"),
         (None, "b", True, True, True, "slots are kept in d/n; the same command without --sparse-ckpt-fresh goes on"),
-        (None, None, False, False, False, "before the first window was complete; the same command starts from the"),
-        ("b", "b", False, False, True, "a dense checkpoint is in b; the same command goes on from there"),
+        (None, None, False, False, False, "before the first window was complete; the same command starts where"),
+        ("./b", "b", False, False, True, "a dense checkpoint is in b; the same command goes on from there"),
         ("a", "b", False, False, True, "a dense checkpoint is in b; add --load b to go on from there"),
     ],
 )
@@ -93,19 +93,3 @@ def test_from_what_a_stopped_job_goes_on(
 ) -> None:
     config = SparseCheckpointConfig(enabled=True, directory=Path("d"), name="n", fresh=fresh)
     assert dense_start.what_is_kept(job(load, save), config, window, saved).startswith(said)
-
-
-def test_a_start_is_refused_before_slots_are_discarded(
-    steps: dict[str, list[int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = SparseCheckpointConfig(enabled=True, directory=tmp_path, fresh=True)
-    config.job_directory.mkdir()
-    dense_start.before_slots_are_discarded(job(None, "b"), config, None)
-    assert not capsys.readouterr().out
-    (config.job_directory / "rank00000.slots").write_bytes(b"")
-    dense_start.before_slots_are_discarded(job(None, "b"), config, None)
-    assert f"the slots in {config.job_directory} are discarded" in capsys.readouterr().out
-    steps["b"] = [8]
-    with pytest.raises(ConfigError, match="holds a checkpoint of step 8"):
-        dense_start.before_slots_are_discarded(job(None, "b"), config, None)
-    dense_start.before_slots_are_discarded(job("b", "b"), config, ("b", 8))

@@ -56,6 +56,19 @@ def test_closing_finishes_what_was_handed_over(tmp_path: Path) -> None:
         committer.drain()
 
 
+def test_who_is_told_of_a_commit_cannot_end_commits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = create_store(tmp_path / "s", TABLE)
+
+    def broken(_: Committed) -> None:
+        raise RuntimeError("the listener is broken")
+
+    committer = Committer(store, DigestPool(), broken)
+    for step in range(3):
+        committer.submit(copied(store, step))
+    committer.close()
+    assert set(store.committed) == {0, 1, 2} and capsys.readouterr().err.count("RuntimeError: ") == 3
+
+
 def test_a_slot_without_room_is_reported_and_free_again(tmp_path: Path) -> None:
     path, done = tmp_path / "s", list[Committed]()
     store = HostStore.create(path, {"identity": {}, "run_id": "run"}, 1, manifest_bytes=256, data_bytes=1 << 16)
