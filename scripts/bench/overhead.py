@@ -179,7 +179,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(MODELS), default="demo")
     parser.add_argument("--window", default="4", help="W, or auto")
-    parser.add_argument("--copy-share", default="0.8", help="--sparse-ckpt-copy-share of the job, for --window auto")
+    parser.add_argument("--copy-share", help="--sparse-ckpt-copy-share of the job, for --window auto")
     parser.add_argument("--mode", choices=("fixed", "rolling"), default="rolling")
     parser.add_argument("--digest", choices=("on", "host", "off"), default="on", help="--sparse-ckpt-digest of the job")
     parser.add_argument("--variants", default="off,sparse", help="comma list; see above")
@@ -246,7 +246,7 @@ def job_command(options: argparse.Namespace, corpus: Path, raw: Path, name: str)
     """The torchrun command of the job, whose slots are in `SLOTS`/`name`."""
     processes, model = MODELS[options.model]
     sparse = ["--sparse-ckpt", "--sparse-ckpt-window", options.window, "--sparse-ckpt-window-mode", options.mode]
-    sparse += ["--sparse-ckpt-copy-share", options.copy_share]
+    sparse += ["--sparse-ckpt-copy-share", options.copy_share] if options.copy_share else []
     sparse += ["--sparse-ckpt-reorder", "off", "--sparse-ckpt-digest", options.digest]
     sparse += ["--sparse-ckpt-dir", str(SLOTS), "--sparse-ckpt-name", name]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]

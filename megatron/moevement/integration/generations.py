@@ -19,10 +19,18 @@ from megatron.moevement.integration.job import TrainingJob
 
 _CONTROL = "control"
 # How long the agent may take to say that a generation has failed whose connections broke here first.
-_NEWS_SECONDS = 10.0
+NEWS_SECONDS = 10.0
 # The same for an error that doesn't look like a broken connection.
 _DOUBT_SECONDS = 2.0
 _BROKEN = ("gloo", "NCCL", "Socket", "closed", "reset by peer", "aborted")
+
+
+def failed_within(link: WorkerLink, seconds: float) -> bool:
+    """Whether the agent says, now or within `seconds`, that the generation has failed."""
+    deadline = time.monotonic() + seconds
+    while not link.failed and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return link.failed
 
 
 class Generations:
@@ -56,10 +64,7 @@ class Generations:
             return False
         # An error of this rank's own would keep all others waiting for as long.
         broken = isinstance(error, dist.DistError) or any(word in str(error) for word in _BROKEN)
-        deadline = time.monotonic() + (_NEWS_SECONDS if broken else _DOUBT_SECONDS)
-        while not self._link.failed and time.monotonic() < deadline:
-            time.sleep(0.01)
-        return self._link.failed
+        return failed_within(self._link, NEWS_SECONDS if broken else _DOUBT_SECONDS)
 
     def leave(self) -> None:
         """Gives up whatever of an interrupted iteration still waits for the groups.

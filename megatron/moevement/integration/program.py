@@ -22,6 +22,7 @@ from megatron.moevement.integration import dense_start, distributed, state_diges
 from megatron.moevement.integration.attach import SparseHooks, build_manager, copy_engine, ranks_on_node
 from megatron.moevement.integration.boundary import boundary_of
 from megatron.moevement.integration.dense_checkpoint import SaveResult, save_dense
+from megatron.moevement.integration.generations import NEWS_SECONDS, failed_within
 from megatron.moevement.integration.job import TrainingJob, build_job
 from megatron.moevement.integration.localized import LocalizedTraining
 from megatron.moevement.integration.operator_state import OperatorState
@@ -37,7 +38,6 @@ from megatron.moevement.transcript.plan import describe_transcript
 
 EXIT_PEER_LOST = 1
 _LAST_LAP = "manager_seconds"
-_NEWS_SECONDS = 10.0
 # What gloo and NCCL say, in words, when another process is gone.
 _PEER_LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "Connection refused")
 
@@ -86,7 +86,8 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
         broken = isinstance(error, dist.DistNetworkError) or any(text in str(error) for text in _PEER_LOST)
         # A replacement is told of the failure that it came for until it has joined.
         own = link is not None and link.replacement and not startup.over and not broken
-        lost = link is not None and not own and _failed_elsewhere(link, broken and not startup.over)
+        news = NEWS_SECONDS if broken and not startup.over else 0.0
+        lost = link is not None and not own and failed_within(link, news)
         if not lost and not broken:
             raise
         print(f"rank {rank}: another rank is gone ({_first_line(error)})", file=sys.stderr, flush=True)
@@ -95,14 +96,6 @@ def run(config: TrainingConfig, sparse: SparseCheckpointConfig) -> None:
     finally:
         if link is not None:
             link.close()
-
-
-def _failed_elsewhere(link: WorkerLink, soon: bool) -> bool:
-    """Whether the agent says that another rank has failed; `soon`: a connection has broken, and it may say so yet."""
-    deadline = time.monotonic() + (_NEWS_SECONDS if soon else 0.0)
-    while not link.failed and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return link.failed
 
 
 class _Startup:
@@ -300,7 +293,7 @@ def _begin(job: TrainingJob, sparse: SparseCheckpointConfig, manager: SparseChec
         print(f"--sparse-ckpt-fresh: the slots that were in {sparse.job_directory} are discarded", flush=True)
     if start.source == "dense" and found is not None:
         dense_start.load_newest(job, *found)
-    if start.source == "scratch" and not restarted:
+    if start.source == "scratch" and not (restarted or sparse.fresh):
         try:
             dense_start.check_scratch(job)
         except ConfigError:

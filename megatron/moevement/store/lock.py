@@ -41,13 +41,14 @@ def hold(slots: Path, wait_seconds: float = WAIT_SECONDS) -> None:
         if taken and _is_at(path, descriptor):
             break
         os.close(descriptor)
-        if not taken and time.monotonic() >= deadline:
+        if taken:
+            continue
+        if time.monotonic() >= deadline:
             raise StoreError(
                 f"--sparse-ckpt-name {path.parent.name}: another running job uses {slots}; stop it or choose "
                 "another name"
             )
-        if not taken:
-            time.sleep(_POLL_SECONDS)
+        time.sleep(_POLL_SECONDS)
     _held[path] = descriptor
 
 

@@ -88,12 +88,12 @@ def test_leaving_forgets_what_waits_for_the_old_groups(build: Callable[..., Trai
 def test_an_error_is_a_lost_peer_only_if_the_agent_says_so(
     build: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron.moevement.integration.generations._NEWS_SECONDS", 0.05)
+    monkeypatch.setattr("megatron.moevement.integration.generations.NEWS_SECONDS", 0.05)
     link = Link()
     generations = Generations(build(), link, [])  # type: ignore[arg-type]
     assert not generations.is_failure(RuntimeError("a shape is wrong"))
     assert generations.is_failure(PeerLost("gone"))
-    monkeypatch.setattr("megatron.moevement.integration.generations._NEWS_SECONDS", 20.0)
+    monkeypatch.setattr("megatron.moevement.integration.generations.NEWS_SECONDS", 20.0)
 
     def news() -> None:
         time.sleep(0.05)
